@@ -1,0 +1,315 @@
+"""IEFT: one transformer that reads a caption and an image together and gives a matching score.
+
+In: caption token ids and square image tensors. Out: hidden states, matching scores, and (with contrastive heads) an
+embedding of each image and each caption. It knows nothing of files, datasets, losses or rankings.
+
+Paper and dimension letters: see `layers_ieft.py`; E is the width of the contrastive embeddings.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, ViltModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+try:
+    from .configuration_ieft import IeftConfig
+    from .layers_ieft import IeftEmbeddings, IeftEncoder, IeftGatedConvolution, IeftPooler
+except ImportError:  # imported from the clone or the wheel, where these files are top-level modules
+    from configuration_ieft import IeftConfig
+    from layers_ieft import IeftEmbeddings, IeftEncoder, IeftGatedConvolution, IeftPooler
+
+MAX_LOGIT_SCALE = math.log(100.0)  # as CLIP: similarities are never scaled by more than 100
+
+
+@dataclass
+class IeftRetrievalOutput(ModelOutput):
+    """What `IeftForImageTextRetrieval` gives.
+
+    Attributes:
+        logits: (B, 1) matching scores, any real number, higher is better.
+        image_features: (I, E) unit vectors, with `output_features`.
+        text_features: (C, E) unit vectors, with `output_features`.
+        hidden_states: the embeddings and the output of each block, each (B, S, D), with `output_hidden_states`.
+        attentions: one (B, H, S, S) per block, rows summing to 1, with `output_attentions`.
+    """
+
+    logits: torch.Tensor | None = None
+    image_features: torch.Tensor | None = None
+    text_features: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class IeftPreTrainedModel(PreTrainedModel):
+    config: IeftConfig
+    config_class = IeftConfig
+    base_model_prefix = "vilt"  # plain ViLT checkpoints load into it
+    input_modalities = ("image", "text")
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["IeftEmbeddings", "IeftLayer", "IeftEnhancement"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, IeftEmbeddings):
+            init.normal_(module.cls_token, std=self.config.initializer_range)
+            init.normal_(module.position_embeddings, std=self.config.initializer_range)
+        elif isinstance(module, IeftGatedConvolution):
+            init.normal_(module.depthwise.weight, std=1 / 3)  # nine inputs each: keeps the scale of its input
+        elif isinstance(module, IeftForImageTextRetrieval) and module.config.contrastive_dim:
+            init.constant_(module.logit_scale, math.log(1 / 0.07))  # as CLIP
+
+
+class Prepared(NamedTuple):
+    """What one side of a pair brings to the first joint block, computed once per image or caption.
+
+    Attributes:
+        hidden: (N, T, D) tokens that enter block 0.
+        query, key, value: (N, T, D) block 0's projections of them.
+    """
+
+    hidden: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def take(self, rows):
+        """The same for some rows: an index tensor, a list or a slice."""
+        return Prepared(*(x[rows] for x in self))
+
+
+class IeftModel(IeftPreTrainedModel, ViltModel):
+    """The network without ranking head. In eval mode equal inputs give equal outputs: patches keep raster order."""
+
+    def __init__(self, config, add_pooling_layer=True):
+        PreTrainedModel.__init__(self, config)  # ViltModel's own would build modules that IEFT replaces
+        self.embeddings = IeftEmbeddings(config)
+        self.encoder = IeftEncoder(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = IeftPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def embed_captions(self, input_ids=None, token_type_ids=None, inputs_embeds=None):
+        """(C, L) ids, or (C, L, D) word embeddings -> (C, L, D), the modality embedding not yet added."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Captions expected as exactly one of input_ids and inputs_embeds.")
+        return self.embeddings.text_embeddings(input_ids, token_type_ids, inputs_embeds)
+
+    def embed_images(self, pixel_values=None, image_embeds=None):
+        """(I, 3, image_size, image_size) in [-1, 1] -> `image_embeds` (I, 1+P, D), the modality not yet added."""
+        if (pixel_values is None) == (image_embeds is None):
+            raise ValueError("Images expected as exactly one of pixel_values and image_embeds.")
+        if image_embeds is None:
+            return self.embeddings.embed_images(pixel_values)
+        expected = (self.config.num_patches + 1, self.config.hidden_size)
+        if image_embeds.dim() != 3 or tuple(image_embeds.shape[1:]) != expected:
+            raise ValueError(
+                f"image_embeds of shape (images, {expected[0]}, {expected[1]}) expected, as `embed_images` gives "
+                f"them; got {tuple(image_embeds.shape)}."
+            )
+        return image_embeds
+
+    def encode(self, hidden_states, attention_mask=None, **options):
+        """Blocks and final LayerNorm on (B, S, D) marked tokens; `attention_mask` (B, S) is 1 on real tokens.
+
+        Returns:
+            The normalised output (B, Q, D), all hidden states, all attentions; options as `IeftEncoder.forward`.
+        """
+        if attention_mask is not None:
+            attention_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        last, all_hidden_states, attentions = self.encoder(hidden_states, attention_mask, **options)
+        return self.layernorm(last), all_hidden_states, attentions
+
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, pixel_values=None, pixel_mask=None,
+        inputs_embeds=None, image_embeds=None, *, pair_images=None, pair_captions=None, num_queries=None,
+        output_attentions=None, output_hidden_states=None, return_dict=None, **kwargs,
+    ):  # fmt: skip
+        """Captions with images, row by row, or in any pairing.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: (C, L); the mask is 1 on real tokens, 0 on padding.
+            pixel_values: (I, 3, image_size, image_size) in [-1, 1].
+            pixel_mask: accepted for ViLT's sake; must be all ones, since every image fills its grid.
+            inputs_embeds: (C, L, D) word embeddings instead of ids.
+            image_embeds: (I, 1+P, D) from `embed_images` instead of pixels.
+            pair_images, pair_captions: (B,) rows of images and captions to read together, each embedded once; left
+                out, row b is read with row b.
+            num_queries: compute the last block for this many leading tokens alone.
+
+        Returns:
+            BaseModelOutputWithPooling: `last_hidden_state` (B, S, D), text tokens, image CLS, patches in raster order;
+            `pooler_output` (B, D).
+
+        Raises:
+            ValueError: for a wrong image size, a caption longer than the position table, unequal batches, padding
+                among the pixels.
+        """
+        if pixel_mask is not None and not bool(pixel_mask.all()):
+            raise ValueError("pixel_mask of ones expected: IEFT reads the whole square image. Leave pixel_mask out.")
+        text = self.embeddings.mark_captions(self.embed_captions(input_ids, token_type_ids, inputs_embeds))
+        image = self.embeddings.mark_images(self.embed_images(pixel_values, image_embeds))
+        if attention_mask is not None and attention_mask.shape != text.shape[:2]:
+            raise ValueError(
+                f"attention_mask of shape {tuple(text.shape[:2])} expected, as the captions; got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        if pair_images is not None:
+            image = image[pair_images]  # (B, 1+P, D)
+        if pair_captions is not None:
+            text = text[pair_captions]  # (B, L, D)
+            attention_mask = None if attention_mask is None else attention_mask[pair_captions]
+        if len(text) != len(image):
+            raise ValueError(
+                f"As many captions as images expected, to be read in pairs; got {len(text)} captions and {len(image)} "
+                "images. For another pairing pass pair_images and pair_captions."
+            )
+        if attention_mask is not None:
+            attention_mask = nn.functional.pad(attention_mask, (0, image.shape[1]), value=1)  # (B, S)
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        last, all_hidden_states, attentions = self.encode(
+            torch.cat([text, image], dim=1),  # (B, S, D)
+            attention_mask,
+            num_queries=num_queries,
+            output_attentions=output_attentions,
+        )
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=last,
+            pooler_output=None if self.pooler is None else self.pooler(last),
+            hidden_states=all_hidden_states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+
+class IeftForImageTextRetrieval(IeftPreTrainedModel):
+    """IEFT with its ranking head (RM), and with the contrastive heads if `config.contrastive_dim` is not 0."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.vilt = IeftModel(config)
+        self.rank_output = nn.Linear(config.hidden_size, 1)
+        if config.contrastive_dim:
+            self.image_projection = nn.Linear(config.hidden_size, config.contrastive_dim, bias=False)
+            self.text_projection = nn.Linear(config.hidden_size, config.contrastive_dim, bias=False)
+            self.logit_scale = nn.Parameter(torch.tensor(0.0))
+        self.post_init()
+
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, pixel_values=None, pixel_mask=None,
+        inputs_embeds=None, image_embeds=None, *, output_features=False, output_attentions=None,
+        output_hidden_states=None, return_dict=None, **pairing,
+    ):  # fmt: skip
+        """Matching scores; arguments and errors as `IeftModel.forward`.
+
+        Args:
+            output_features: also give the contrastive embeddings of the images and captions, each read alone.
+        """
+        if image_embeds is None and pixel_values is not None:
+            image_embeds, pixel_values = self.vilt.embed_images(pixel_values), None
+        keep_all = output_hidden_states or output_attentions
+        keep_all = keep_all or self.config.output_hidden_states or self.config.output_attentions
+        outputs = self.vilt(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            pixel_values,
+            pixel_mask,
+            inputs_embeds,
+            image_embeds,
+            num_queries=None if keep_all else 1,  # the score reads text token 0 alone
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **pairing,
+        )
+        image_features = text_features = None
+        if output_features:
+            image_features = self.get_image_features(image_embeds=image_embeds)
+            text_features = self.get_text_features(input_ids, attention_mask, token_type_ids, inputs_embeds)
+        output = IeftRetrievalOutput(
+            logits=self.rank_output(outputs.pooler_output),  # (B, 1)
+            image_features=image_features,
+            text_features=text_features,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def get_image_features(self, pixel_values=None, image_embeds=None):
+        """Images read alone by the same network: unit vectors (I, E), to be compared with captions' by dot product."""
+        self._require_contrastive_heads()
+        hidden = self.vilt.embeddings.mark_images(self.vilt.embed_images(pixel_values, image_embeds))
+        first, _, _ = self.vilt.encode(hidden, num_queries=1)  # (I, 1, D): the image CLS
+        return nn.functional.normalize(self.image_projection(first[:, 0]), dim=-1)
+
+    def get_text_features(self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None):
+        """Captions read alone by the same network: unit vectors (C, E)."""
+        self._require_contrastive_heads()
+        text = self.vilt.embed_captions(input_ids, token_type_ids, inputs_embeds)
+        hidden = self.vilt.embeddings.mark_captions(text)
+        first, _, _ = self.vilt.encode(hidden, attention_mask, has_image=False, num_queries=1)  # (C, 1, D)
+        return nn.functional.normalize(self.text_projection(first[:, 0]), dim=-1)
+
+    def similarity_scale(self):
+        """The learned factor on dot products of features in the contrastive loss, in (0, 100]."""
+        self._require_contrastive_heads()
+        return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+
+    def _require_contrastive_heads(self):
+        if not self.config.contrastive_dim:
+            raise ValueError(
+                "Embeddings need contrastive heads, and this checkpoint has none (contrastive_dim is 0). Train one "
+                "with --contrastive_weight above 0."
+            )
+
+    def prepare_images(self, pixel_values):
+        """The image side of scoring, once per image: (I, 3, image_size, image_size) -> `Prepared` of (I, 1+P, D)."""
+        return self._prepare(self.vilt.embeddings.mark_images(self.vilt.embed_images(pixel_values)), has_image=True)
+
+    def prepare_captions(self, input_ids):
+        """The caption side of scoring, once per caption: (C, L) -> `Prepared` of (C, L, D)."""
+        return self._prepare(self.vilt.embeddings.mark_captions(self.vilt.embed_captions(input_ids)), has_image=False)
+
+    def _prepare(self, hidden, has_image):
+        if has_image:
+            hidden = self.vilt.encoder.enhance(0, hidden)
+        return Prepared(hidden, *self.vilt.encoder.layer[0].project(hidden))
+
+    def score_prepared(self, captions, images, attention_mask=None):
+        """Matching scores of pairs whose halves were prepared; equal to the plain forward pass.
+
+        Args:
+            captions: `Prepared` of (B, L, D), or (1, L, D) to be read with each image.
+            images: `Prepared` of (B, 1+P, D), or (1, 1+P, D) to be read with each caption.
+            attention_mask: (B, L), or None where no caption is padded.
+
+        Returns:
+            (B,) scores.
+        """
+        num_pairs = max(len(captions.hidden), len(images.hidden))
+        pairs = [
+            torch.cat([text.expand(num_pairs, -1, -1), image.expand(num_pairs, -1, -1)], dim=1)
+            for text, image in zip(captions, images, strict=True)
+        ]  # hidden, query, key, value: each (B, S, D)
+        if attention_mask is not None:
+            attention_mask = nn.functional.pad(attention_mask, (0, images.hidden.shape[1]), value=1)
+            attention_mask = attention_mask.expand(num_pairs, -1)  # (B, S)
+        first, _, _ = self.vilt.encode(pairs[0], attention_mask, projected=pairs[1:], num_queries=1)
+        return self.rank_output(self.vilt.pooler(first))[:, 0]  # (B,)
+
+
+__all__ = ["IeftForImageTextRetrieval", "IeftModel", "IeftPreTrainedModel", "IeftRetrievalOutput"]
