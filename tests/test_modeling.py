@@ -31,7 +31,7 @@ def tiny_inputs(num_pairs=3, length=7):
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(1, 60, (num_pairs, length), generator=generator)
     attention_mask = torch.ones_like(input_ids)
-    attention_mask[1, length - 2 :] = 0
+    attention_mask[1:2, length - 2 :] = 0
     pixel_values = torch.rand(num_pairs, 3, 32, 32, generator=generator) * 2 - 1
     return {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
 
