@@ -125,7 +125,7 @@ class IeftSelfAttention(nn.Module):
         """(B, Q, D), (B, S, D), (B, S, D) -> context (B, Q, D) and, if asked, probabilities (B, H, Q, S)."""
         query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
         if attention_mask is not None:
-            attention_mask = attention_mask[:, :, : query.shape[2]]  # (B, 1, Q, S): one row per query that is asked for
+            attention_mask = attention_mask[:, :, : query.shape[2]]  # (B, 1, Q, S): one row per query
         # Fused kernels keep no probabilities: whoever asks for them gets the written-out form.
         name = "eager" if output_attentions else self.config._attn_implementation
         context, probabilities = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)(

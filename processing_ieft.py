@@ -112,8 +112,11 @@ class IeftImageProcessor(BaseImageProcessor):
 
     def _to_array(self, image):
         rgb = to_rgb(image) if isinstance(image, Image.Image) else array_to_rgb(image)
-        pixels = np.asarray(self.fit_square(rgb), dtype=np.float32)  # (S, S, 3)
-        return pixels.transpose(2, 0, 1) / 127.5 - 1.0
+        return self.scale_pixels(np.asarray(self.fit_square(rgb)))
+
+    def scale_pixels(self, square):
+        """uint8 (image_size, image_size, 3) -> float32 (3, image_size, image_size) in [-1, 1]."""
+        return np.ascontiguousarray(square.transpose(2, 0, 1), dtype=np.float32) / 127.5 - 1.0
 
     def fit_square(self, image):
         """A PIL RGB image at `image_size` by `image_size`, by the processor's policy."""

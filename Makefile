@@ -1,0 +1,30 @@
+# Everything runs in its own virtual environment, made on first use from nothing but Python and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: help demo test lint bench
+.DEFAULT_GOAL := help
+
+help:  ## Show what can be made
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/'
+
+$(INSTALLED): setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)  ## Train IEFT on synthetic scenes, rank the test split, draw the result (a few minutes on a CPU)
+	$(BIN)/python run_retrieval.py --dataset_name scenes --output_dir outputs/demo --resume_from_checkpoint true
+	@echo "Look at outputs/demo/ranked.png and outputs/demo/training.png."
+
+test: $(INSTALLED)  ## Run the tests, without network
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## Check the style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(INSTALLED)  ## Measure the speed of ranking and training
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done

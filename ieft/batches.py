@@ -1,0 +1,228 @@
+"""Splits of a retrieval dataset as tensors.
+
+In: one split with the columns `image` and `captions`, and an `IeftProcessor`. Out: evaluation sets (every image, every
+caption once), and training items with their negatives, batched. It knows nothing of networks or losses.
+
+Every random choice is drawn from (seed, epoch, item), so that a batch is the same in any process, any worker, and
+after a resumption.
+"""
+
+import random
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from torch.utils.data import Dataset
+
+from ieft.metrics import keep_unique_captions
+from processing_ieft import to_rgb
+
+MAX_CACHED_BYTES = 256 * 2**20  # squares of small collections stay in memory, decoded and resized once
+AUGMENTATIONS = ("randaugment", "turns", "none")
+NEGATIVES = ("distinct", "uniform")
+
+
+class SplitImages(Dataset):
+    """The images of a split by row: `images[row]` is (3, image_size, image_size) float32 in [-1, 1]."""
+
+    def __init__(self, split, processor):
+        self.split = split.select_columns(["image"])
+        self.image_processor = processor.image_processor
+        small = len(split) * 3 * self.image_processor.image_size**2 <= MAX_CACHED_BYTES
+        self._squares = {} if small else None
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitem__(self, row):
+        return torch.from_numpy(self.image_processor.scale_pixels(self.square(row)))
+
+    def picture(self, row):
+        """The image of one row as stored, PIL RGB."""
+        return to_rgb(self.split[int(row)]["image"])
+
+    def square(self, row):
+        """The image of one row at the network's size: uint8 (image_size, image_size, 3)."""
+        if self._squares is None or row not in self._squares:
+            pixels = np.asarray(self.image_processor.fit_square(self.picture(row)))
+            if self._squares is None:
+                return pixels
+            self._squares[row] = pixels
+        return self._squares[row]
+
+
+@dataclass
+class EvaluationSet:
+    """Every image and every caption of a split; a sentence repeated on one image is kept once.
+
+    Attributes:
+        images: I images by row.
+        captions: C sentences, and `caption_tokens`, their token ids.
+        caption_image: (C,) the row of the image each was written for.
+        caption_text_id: (C,) equal for equal sentences.
+    """
+
+    images: SplitImages
+    captions: list[str]
+    caption_tokens: list[list[int]]
+    caption_image: np.ndarray
+    caption_text_id: np.ndarray
+
+    @classmethod
+    def from_split(cls, split, processor):
+        captions, caption_image, caption_text_id = keep_unique_captions(split["captions"])
+        tokens = tokenize(captions, processor)
+        return cls(SplitImages(split, processor), captions, tokens, caption_image, caption_text_id)
+
+
+def tokenize(captions, processor):
+    """Sentences as lists of token ids, cut at the processor's limit, not padded."""
+    return processor(text=list(captions), padding=False, return_tensors=None)["input_ids"] if len(captions) else []
+
+
+class TrainingItems(Dataset):
+    """One item for each caption of a split: its image, the caption, and `num_negatives` captions of other images.
+
+    Args:
+        split: columns `image` and `captions`.
+        num_negatives: captions drawn beside each item's own; 0 where the batch itself serves as negatives.
+        negatives: "distinct" never draws a sentence that the image carries itself; "uniform" draws from all other
+            captions, as published, and so now and then a right one.
+        augmentation: "randaugment" (two operations of magnitude 9, as published), "turns" (one of the eight turns and
+            mirrorings, for scenes without up or left), or "none".
+
+    Raises:
+        ValueError: where some image has fewer than `num_negatives` captions to draw from.
+    """
+
+    def __init__(
+        self, split, processor, *, num_negatives=15, negatives="distinct", augmentation="randaugment", seed=0
+    ):
+        _check_choice("negatives", negatives, NEGATIVES)
+        _check_choice("augmentation", augmentation, AUGMENTATIONS)
+        self.images = SplitImages(split, processor)
+        captions, self.caption_image, self.caption_text_id = keep_unique_captions(split["captions"])
+        self.caption_tokens = tokenize(captions, processor)
+        self.pad_token_id = processor.tokenizer.pad_token_id
+        self.num_negatives = num_negatives
+        self.negatives = negatives
+        self.augmentation = augmentation
+        self.seed = seed
+        self.image_text_ids = _group_text_ids(self.caption_image, self.caption_text_id, len(split))
+        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # seen by workers that outlive an epoch
+        self._check_enough_negatives()
+
+    def __len__(self):
+        return len(self.caption_tokens)
+
+    def set_epoch(self, epoch):
+        """Choose the epoch whose augmentations and negatives are drawn."""
+        self._epoch[0] = epoch
+
+    def __getitem__(self, item):
+        """Keys `pixel_values` (3, S, S), `image` (its row), `captions` (1 + num_negatives,) own caption first."""
+        generator = np.random.default_rng([self.seed, int(self._epoch), item])
+        image = int(self.caption_image[item])
+        return {
+            "pixel_values": self._augmented(image, generator),
+            "image": image,
+            "captions": np.concatenate([[item], self._draw_negatives(item, image, generator)]).astype(np.int64),
+        }
+
+    def collate(self, items):
+        """A batch in which each caption stands once.
+
+        Returns:
+            dict: `pixel_values` (I, 3, S, S); `input_ids` and `attention_mask` (C, L), padded to the longest;
+            `candidates` (I, 1 + num_negatives) columns of the captions, the own one first; `is_match` (I, C) where a
+            caption is a sentence that the image carries.
+        """
+        rows, columns = np.unique(np.stack([item["captions"] for item in items]), return_inverse=True)
+        tokens = [torch.tensor(self.caption_tokens[row]) for row in rows]
+        input_ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=self.pad_token_id)
+        lengths = torch.tensor([len(caption) for caption in tokens])
+        text_ids = self.caption_text_id[rows]
+        return {
+            "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+            "input_ids": input_ids,
+            "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+            "candidates": torch.from_numpy(columns.reshape(len(items), -1)),
+            "is_match": torch.from_numpy(
+                np.stack([np.isin(text_ids, self.image_text_ids[item["image"]]) for item in items])
+            ),
+        }
+
+    def _augmented(self, image, generator):
+        if self.augmentation == "none":
+            return self.images[image]
+        if self.augmentation == "turns":
+            square = turn(self.images.square(image), int(generator.integers(8)))
+        else:
+            square = self.images.image_processor.fit_square(
+                randomly_augmented(self.images.picture(image), int(generator.integers(2**32)))
+            )
+        return torch.from_numpy(self.images.image_processor.scale_pixels(np.asarray(square)))
+
+    def _draw_negatives(self, item, image, generator):
+        drawn = np.empty(0, dtype=np.int64)
+        while len(drawn) < self.num_negatives:
+            more = generator.choice(len(self), min(len(self), 2 * self.num_negatives + 1), replace=False)
+            more = more[more != item]
+            if self.negatives == "distinct":
+                more = more[~np.isin(self.caption_text_id[more], self.image_text_ids[image])]
+            drawn = np.concatenate([drawn, more[~np.isin(more, drawn)]])
+        return drawn[: self.num_negatives]
+
+    def _check_enough_negatives(self):
+        if not self.num_negatives:
+            return
+        own = np.ones(len(self.image_text_ids), dtype=np.int64)
+        if self.negatives == "distinct":
+            counts = np.bincount(self.caption_text_id)
+            own = np.array([counts[ids].sum() for ids in self.image_text_ids])
+        fewest = len(self) - int(own.max(initial=0))
+        if fewest < self.num_negatives:
+            raise ValueError(
+                f"At least {self.num_negatives} captions of other sentences expected beside each image's own; the "
+                f"training split has {fewest}. Lower --num_negatives or train on more images."
+            )
+
+
+def turn(square, which):
+    """One of the eight turns and mirrorings of a (S, S, 3) array, `which` in 0..7."""
+    turned = np.rot90(square, which % 4)
+    return np.ascontiguousarray(turned[:, ::-1] if which >= 4 else turned)
+
+
+def randomly_augmented(image, seed):
+    """RandAugment with 2 operations of magnitude 9 (timm), drawn from `seed`; the global generators are left alone."""
+    with _seeded_globally(seed):
+        return rand_augment_transform("rand-m9-n2", {"interpolation": Image.Resampling.BICUBIC})(image)
+
+
+@contextmanager
+def _seeded_globally(seed):
+    """timm draws from the global generators of `random` and numpy."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def _group_text_ids(caption_image, caption_text_id, num_images):
+    """For each image the ids of the sentences it carries."""
+    order = np.argsort(caption_image, kind="stable")
+    starts = np.searchsorted(caption_image[order], np.arange(1, num_images))
+    return np.split(caption_text_id[order], starts)
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")

@@ -1,0 +1,294 @@
+"""Train and evaluate IEFT for image-text retrieval.
+
+    python run_retrieval.py --dataset_name scenes --output_dir outputs/scenes
+    accelerate launch run_retrieval.py --dataset_name rsicd --data_dir RSICD --model_name_or_path dandelin/vilt-b32-mlm
+
+In: a dataset by name or folder, and optionally a checkpoint. Out, in `--output_dir`: the model and its processor,
+`test_results.json`, `all_results.json`, `ranked.png` and `training.png`, and a table on the screen. Every option can
+also stand in a JSON file, given as the only argument. How a network works and what a dataset is made of is not known.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import transformers
+from datasets import concatenate_datasets
+from transformers import BertTokenizer, HfArgumentParser, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from configuration_ieft import IeftConfig
+from convert_checkpoint import load_any_checkpoint
+from ieft.batches import EvaluationSet, TrainingItems
+from ieft.report import ranked_sheet, recall_table, training_curves
+from ieft.trainer import IeftTrainer, IeftTrainingArguments
+from modeling_ieft import IeftForImageTextRetrieval
+from prepare_datasets import load_retrieval_dataset
+from processing_ieft import IeftImageProcessor, IeftProcessor
+
+logger = logging.getLogger("run_retrieval")
+
+# The published network, and one that learns synthetic scenes on a CPU in minutes.
+NETWORKS = {
+    "base": {},
+    "tiny": {
+        "image_size": 96,
+        "patch_size": 24,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+        "enhancement_layers": [0, 1, 2],
+        "enhancement_mlp_ratio": 2,
+        "initializer_range": 0.08,
+        "hidden_dropout_prob": 0.0,
+    },
+}
+# Values that stand where the user gives none: the published recipe, and what a tiny network wants instead.
+PUBLISHED_RECIPE = {
+    "learning_rate": 1e-4,
+    "adam_beta2": 0.98,
+    "weight_decay": 0.01,
+    "warmup_steps": 0.1,
+    "seed": 0,
+    "num_train_epochs": 50,
+    "per_device_train_batch_size": 256,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "logging_steps": 10,
+}
+TINY_RECIPE = {
+    "learning_rate": 2e-3,
+    "per_device_train_batch_size": 64,
+    "max_steps": 800,
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "eval_steps": 400,
+    "save_steps": 400,
+    "augmentation": "turns",
+    "contrastive_weight": 1.0,
+    "num_negatives": 10,
+    "groups_per_step": 1,
+}
+DATASET_RECIPES = {
+    "scenes": {"network": "tiny"},
+    "sydney": {"per_device_train_batch_size": 512, "num_train_epochs": 100},
+    "ucm": {"num_train_epochs": 100},
+}
+STAGES = ("do_train", "do_eval", "do_predict")
+
+
+@dataclass
+class ModelArguments:
+    """Which network to start from."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, folder or .ckpt of an IEFT or ViLT checkpoint. Left out: from scratch."},
+    )
+    network: str = field(
+        default="base",
+        metadata={"help": "base, the published one, or tiny (the default for scenes).", "choices": list(NETWORKS)},
+    )
+    fit: str = field(
+        default="crop", metadata={"help": "Images that are not square: crop or squash.", "choices": ["crop", "squash"]}
+    )
+    contrastive_dim: int = field(
+        default=256,
+        metadata={"help": "Width of the contrastive embeddings, made where --contrastive_weight is above 0."},
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which images and captions."""
+
+    dataset_name: str = field(
+        default="scenes", metadata={"help": "scenes, rsicd, rsitmd, ucm, sydney, or a folder in their format."}
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "The distributed folder of a named dataset."})
+    protocol: str = field(
+        default="clean",
+        metadata={
+            "help": "clean: choose the checkpoint on validation, touch test once. published: train on train and "
+            "validation, choose on test.",
+            "choices": ["clean", "published"],
+        },
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many validation images."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Use this many test images."})
+
+
+def main(arguments=None):
+    """Load, train, evaluate, save.
+
+    Returns:
+        dict | None: what `test_results.json` holds, or None without `--do_predict`.
+    """
+    model_args, data_args, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    set_up_logging(args)
+    set_seed(args.seed)
+    with args.main_process_first(desc="preparing the dataset"):
+        splits = load_splits(data_args, args)
+    model, processor = load_model(model_args, args, splits["train"]["captions"])
+    trainer = make_trainer(model, processor, splits, args)
+    if args.do_train:
+        trainer.train(resume_from_checkpoint=find_checkpoint(args))
+        trainer.log_metrics("train", trainer.state.log_history[-1])
+    trainer.save_model()
+    if args.do_eval:
+        save_results(trainer, "eval", trainer.evaluate(), data_args)
+    return predict(trainer, processor, splits["test"], data_args) if args.do_predict else None
+
+
+def parse_arguments(arguments):
+    """The three groups of arguments; what the user gave comes before the recipe of the dataset and network."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, IeftTrainingArguments))
+    if len(arguments) == 1 and arguments[0].endswith(".json"):
+        given = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    else:
+        parser.set_defaults(**{action.dest: argparse.SUPPRESS for action in parser._actions})
+        given = vars(parser.parse_args(arguments))  # only what stands on the command line
+    model_args, data_args, args = parser.parse_dict(choose_recipe(given) | given)
+    if not any(getattr(args, stage) for stage in STAGES):
+        args.do_train = args.do_eval = args.do_predict = True
+    return model_args, data_args, args
+
+
+def choose_recipe(given):
+    """Values for what the user left open: published recipe, dataset, network, in rising order."""
+    dataset_name = given.get("dataset_name", DataArguments.dataset_name)
+    recipe = PUBLISHED_RECIPE | DATASET_RECIPES.get(dataset_name, {})
+    recipe["output_dir"] = f"outputs/{Path(dataset_name).name}"
+    recipe.setdefault("network", ModelArguments.network)
+    if given.get("network", recipe["network"]) == "tiny":
+        recipe |= TINY_RECIPE
+        if "num_train_epochs" in given:
+            del recipe["max_steps"]  # which would win over it
+    together = {name: given.get(name, recipe[name]) for name in ("eval_strategy", "save_strategy")}
+    if together["eval_strategy"] == together["save_strategy"] != "no":
+        recipe |= {"load_best_model_at_end": True, "metric_for_best_model": "mean_recall", "greater_is_better": True}
+    return recipe | {"remove_unused_columns": False}
+
+
+def set_up_logging(args):
+    """The main process speaks, the others only warn."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO if args.should_log else logging.WARNING)
+    for library in (datasets, transformers):
+        library.utils.logging.set_verbosity_warning()
+
+
+def load_splits(data_args, args):
+    """Train, validation and test as the protocol has them, cut to the sizes asked for."""
+    splits = load_retrieval_dataset(data_args.dataset_name, data_args.data_dir, seed=args.seed)
+    if data_args.protocol == "published":
+        splits["train"] = concatenate_datasets([splits["train"], splits["validation"]])
+        splits["validation"] = splits["test"]
+    sizes = {
+        "train": data_args.max_train_samples,
+        "validation": data_args.max_eval_samples,
+        "test": data_args.max_predict_samples,
+    }
+    for name, size in sizes.items():
+        if size is not None:
+            splits[name] = splits[name].select(range(min(size, len(splits[name]))))
+    return splits
+
+
+def load_model(model_args, args, captions):
+    """The network and processor of a checkpoint, or new ones with a tokenizer trained on the captions."""
+    contrastive_dim = model_args.contrastive_dim if args.contrastive_weight else 0
+    if model_args.model_name_or_path:
+        model, processor = load_any_checkpoint(model_args.model_name_or_path, contrastive_dim=contrastive_dim)
+        return model, processor
+    tokenizer = train_tokenizer(caption for of_image in captions for caption in of_image)
+    network = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | NETWORKS[model_args.network]
+    model = IeftForImageTextRetrieval(IeftConfig(**network, contrastive_dim=contrastive_dim))
+    return model, IeftProcessor(IeftImageProcessor(model.config.image_size, model_args.fit), tokenizer)
+
+
+def train_tokenizer(captions):
+    """A BERT word-piece tokenizer of at most BERT's size, learned from captions."""
+    return BertTokenizer().train_new_from_iterator(captions, vocab_size=IeftConfig.vocab_size, show_progress=False)
+
+
+def make_trainer(model, processor, splits, args):
+    """The trainer with its training items and validation set."""
+    items = None
+    if args.do_train:
+        items = TrainingItems(
+            splits["train"],
+            processor,
+            num_negatives=0 if args.contrastive_weight else args.num_negatives,
+            negatives=args.negatives,
+            augmentation=args.augmentation,
+            seed=args.seed,
+        )
+    validation = EvaluationSet.from_split(splits["validation"], processor)
+    return IeftTrainer(model, args, train_dataset=items, eval_dataset=validation, processing_class=processor)
+
+
+def find_checkpoint(args):
+    """The checkpoint to go on from, or None to begin.
+
+    Raises:
+        ValueError: where the output folder holds an earlier run that would be written over.
+    """
+    wish = str(args.resume_from_checkpoint or "false")
+    if wish.lower() not in ("true", "false"):
+        return wish
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if last and wish.lower() == "false":
+        raise ValueError(
+            f"{args.output_dir} holds an earlier run, which is not written over. Pass --resume_from_checkpoint true "
+            "to go on from its last checkpoint, or another --output_dir."
+        )
+    return last
+
+
+def predict(trainer, processor, test, data_args):
+    """Rank the test split once; write its results, pictures and table."""
+    evaluation_set = EvaluationSet.from_split(test, processor)
+    scores = trainer.score(evaluation_set)
+    sizes = {"num_images": len(evaluation_set.images), "num_captions": len(evaluation_set.captions)}
+    results = trainer.recalls(evaluation_set, scores) | sizes
+    results |= {"protocol": data_args.protocol, "dataset": data_args.dataset_name}
+    save_results(trainer, "test", {f"test_{name}": value for name, value in results.items()}, data_args)
+    if trainer.is_world_process_zero():
+        folder = Path(trainer.args.output_dir)
+        write_json(folder / "test_results.json", results)
+        ranked_sheet(
+            scores,
+            evaluation_set.images.picture,
+            evaluation_set.captions,
+            evaluation_set.caption_image,
+            caption_text_id=evaluation_set.caption_text_id,
+        ).save(folder / "ranked.png")
+        if trainer.state.log_history:
+            training_curves(trainer.state.log_history, folder / "training.png")
+        print(recall_table(results))
+    return results
+
+
+def save_results(trainer, name, results, data_args):
+    """One file for each stage, and all of them together in `all_results.json`."""
+    if not trainer.is_world_process_zero():
+        return
+    everything = Path(trainer.args.output_dir) / "all_results.json"
+    before = json.loads(everything.read_text(encoding="utf-8")) if everything.exists() else {}
+    write_json(everything, before | results)
+    write_json(everything.with_name(f"{name}_results.json"), results)
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
