@@ -12,7 +12,7 @@ import argparse
 import json
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import datasets
@@ -153,11 +153,13 @@ def parse_arguments(arguments):
     if len(arguments) == 1 and arguments[0].endswith(".json"):
         given = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     else:
-        parser.set_defaults(**{action.dest: argparse.SUPPRESS for action in parser._actions})
-        given = vars(parser.parse_args(arguments))  # only what stands on the command line
+        unset = argparse.Namespace(**{each.name: None for group in parser.dataclass_types for each in fields(group)})
+        parsed = vars(parser.parse_args(arguments, unset))  # argparse's own defaults stay out
+        given = {name: value for name, value in parsed.items() if value is not None}
+    asked = [stage for stage in STAGES if given.get(stage)]
     model_args, data_args, args = parser.parse_dict(choose_recipe(given) | given)
-    if not any(getattr(args, stage) for stage in STAGES):
-        args.do_train = args.do_eval = args.do_predict = True
+    for stage in STAGES:
+        setattr(args, stage, not asked or stage in asked)  # do_eval is switched on by eval_strategy otherwise
     return model_args, data_args, args
 
 

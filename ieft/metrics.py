@@ -4,7 +4,7 @@ In: a score matrix of images x captions, and who wrote which caption for which i
 numpy alone and knows nothing of models, images or sentences beyond their ids.
 
 A query is answered at k if any right item is among the k best. Ranks are counted, not sorted. Items with equal scores
-count by the expectation over all orders of the tie, computed exactly: a model that scores everything alike gets chance.
+count by the expectation over all orders of the tie, computed exactly: a model that scores all alike gets chance.
 """
 
 import numpy as np

@@ -4,8 +4,8 @@ In: a model, training items and evaluation sets. Out: a trained model; the recal
 knows nothing of datasets' names, folders or pictures.
 
 Two losses. Ranking (Tang et al. 2023): cross-entropy over the matching scores of an image with its own caption and
-with others. Contrastive (as CLIP; weight 0 in the published recipe): cross-entropy, both ways, over the similarities of
-images and captions read alone by the same network. With the contrastive loss on, the ranking loss takes groups of
+with others. Contrastive (as CLIP; weight 0 in the published recipe): cross-entropy, both ways, over the similarities
+of images and captions read alone by the same network. With the contrastive loss on, the ranking loss takes groups of
 images in the batch, later groups that are hard by contrastive similarity, and scores all pairs of a group.
 """
 
@@ -73,7 +73,9 @@ class IeftTrainer(Trainer):
         """The loss of one batch from `TrainingItems.collate`, a scalar."""
         tensors = {name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask")}
         if self.args.contrastive_weight:
-            loss = self._contrastive_and_group_loss(model, tensors, inputs["is_match"])
+            own = inputs["candidates"][:, 0]  # row i of the captions becomes that of image i
+            tensors |= {name: tensors[name][own] for name in ("input_ids", "attention_mask")}
+            loss = self._contrastive_and_group_loss(model, tensors, inputs["is_match"][:, own])
         else:
             loss = self._candidate_loss(model, tensors, inputs["candidates"])
         return (loss, {}) if return_outputs else loss
