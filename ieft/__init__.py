@@ -1,0 +1,58 @@
+"""IEFT for Hugging Face: importing this package makes `transformers`' auto classes know IEFT checkpoints.
+
+In: nothing. Out: the public names below. The network and processor are loaded at once, since the auto classes ask for
+the classes themselves; everything else on first use.
+"""
+
+from importlib import import_module
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+)
+
+from configuration_ieft import IeftConfig
+from modeling_ieft import IeftForImageTextRetrieval, IeftModel
+from processing_ieft import IeftImageProcessor, IeftProcessor
+
+LOADED_ON_FIRST_USE = {
+    "EvaluationSet": "ieft.batches",
+    "TrainingItems": "ieft.batches",
+    "keep_unique_captions": "ieft.metrics",
+    "retrieval_recalls": "ieft.metrics",
+    "score_matrix": "ieft.ranking",
+    "draw_scene": "ieft.scenes",
+    "IeftTrainer": "ieft.trainer",
+    "IeftTrainingArguments": "ieft.trainer",
+    "load_retrieval_dataset": "prepare_datasets",
+}
+
+AutoConfig.register("ieft", IeftConfig, exist_ok=True)
+AutoModel.register(IeftConfig, IeftModel, exist_ok=True)
+# As the cross-encoders of text retrieval: a pair goes in, one logit comes out.
+AutoModelForSequenceClassification.register(IeftConfig, IeftForImageTextRetrieval, exist_ok=True)
+AutoImageProcessor.register(IeftConfig, slow_image_processor_class=IeftImageProcessor, exist_ok=True)
+AutoProcessor.register(IeftConfig, IeftProcessor, exist_ok=True)
+
+
+def __getattr__(name):
+    if name not in LOADED_ON_FIRST_USE:
+        raise AttributeError(f"module 'ieft' has no attribute {name!r}; it has {', '.join(__all__)}.")
+    return getattr(import_module(LOADED_ON_FIRST_USE[name]), name)
+
+
+def __dir__():
+    return sorted([*globals(), *LOADED_ON_FIRST_USE])
+
+
+__all__ = [
+    "IeftConfig",
+    "IeftForImageTextRetrieval",
+    "IeftImageProcessor",
+    "IeftModel",
+    "IeftProcessor",
+    *LOADED_ON_FIRST_USE,
+]
