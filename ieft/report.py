@@ -79,6 +79,7 @@ def training_curves(log_history, path):
 
     logged = {name for entry in log_history for name in entry}
     recalls = sorted(name for name in logged if name.startswith("eval_") and name.endswith("mean_recall"))
+    recalls.sort(key=lambda name: "dedup" in name)  # dashed, so drawn over the strict ones: the two often coincide
     # A Figure of its own, not pyplot: it draws with Agg, needs no screen and leaves the user's figures alone.
     figure = Figure(figsize=(10 if recalls else 5, 3.6), dpi=120, layout="constrained")
     loss_axes, *recall_axes = figure.subplots(1, 2 if recalls else 1, squeeze=False)[0]
@@ -140,7 +141,7 @@ def _heading(title, note):
 def _caption_strip(caption, picture, scores, order, right, top_k):
     """One caption at the left, its best images beside it, each with its score below."""
     strip, pen = _blank(THUMB + 52)
-    _write_caption(pen, caption, _found(order, right, "image"))
+    _write_caption(pen, caption, _found(order, right))
     best = order[:top_k]
     room = WIDTH - MARGIN - RESULTS_LEFT
     side = min(THUMB, (room - GAP * (top_k - 1)) // top_k)
@@ -165,7 +166,7 @@ def _image_strip(image, captions, scores, order, right, top_k):
     step = max(LINE + 4, (THUMB + 4) // top_k)
     strip, pen = _blank(max(THUMB + 52, step * len(best) + 2 * GAP))
     _paste_thumb(strip, image, (MARGIN, GAP), THUMB)
-    pen.text((MARGIN, GAP + THUMB + 18), _found(order, right, "sentence"), FAINT, _font(14), anchor="ls")
+    pen.text((MARGIN, GAP + THUMB + 18), _found(order, right), FAINT, _font(14), anchor="ls")
     for place, caption in enumerate(best):
         _write_found_caption(strip, pen, captions[caption], scores[caption], GAP + place * step, caption in right)
     return strip
@@ -183,9 +184,9 @@ def _write_found_caption(strip, pen, caption, score, top, is_right):
     pen.text((text_left, base), text, colour, _font(17), anchor="ls")
 
 
-def _found(order, right, noun):
+def _found(order, right):
     """Where the first right result stands, in words."""
-    return f"right {noun} at rank {int(np.isin(order, right).argmax()) + 1:,} of {len(order):,}"
+    return f"right one at rank {np.isin(order, right).argmax() + 1:,}"
 
 
 def _paste_thumb(strip, image, corner, side, *, is_right=False):

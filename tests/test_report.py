@@ -57,14 +57,20 @@ def test_an_image_with_the_same_sentence_is_right_too_if_text_ids_say_so():
 
 def test_right_sentences_stand_on_green_wherever_they_rank():
     scores = np.array([[0.0, 3.0, 2.0, 1.0]])
-    sheet = ranked_sheet(scores, PICTURES[:1], ["d", "a", "b", "c"], [0, 0, 0, 0], num_queries=2)
-    two = ranked_sheet(np.vstack([scores, scores]), PICTURES[:2], ["d", "a", "b", "c"], [0, 0, 1, 1], num_queries=2)
+    captions, both = ["d", "a", "b", "c"], np.vstack([scores, scores])
+    one = ranked_sheet(scores, PICTURES[:1], captions, [0, 0, 0, 0], num_queries=2)
+    two = ranked_sheet(both, PICTURES[:2], captions, [0, 0, 1, 1], num_queries=2)
+    same = ranked_sheet(both, PICTURES[:2], captions, [0, 0, 1, 1], caption_text_id=[0, 5, 5, 1], num_queries=2)
     top = TEXT_TOP + report.THUMB + 52 + 66  # of the image query's lines
     step = (report.THUMB + 4) // 5
     right_edge = report.WIDTH - report.MARGIN - 3
-    for picture, expected in ((sheet, [True] * 4), (two, [False, True, True, False])):
+    for picture, expected in ((one, [True] * 4), (two, [False, True, True, False]), (same, [True, True, True, False])):
         pale = [picture.getpixel((right_edge, top + place * step + 8)) == report.PALE_GREEN for place in range(4)]
         assert pale == expected
+
+
+def test_the_note_tells_the_rank_of_the_best_right_result():
+    assert report._found(np.array([4, 2, 0, 1, 3]), np.array([3, 0])) == "right one at rank 3"
 
 
 def test_only_the_pictures_shown_are_opened():
