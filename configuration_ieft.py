@@ -86,4 +86,6 @@ def _square(name, size):
     raise ValueError(f"IEFT reads square grids: {name} must be one integer or two equal ones; got {size}.")
 
 
+IeftConfig.register_for_auto_class()
+
 __all__ = ["IeftConfig"]

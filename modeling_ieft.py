@@ -21,10 +21,19 @@ from transformers.utils import ModelOutput
 try:
     from .configuration_ieft import IeftConfig
     from .layers_ieft import IeftEmbeddings, IeftEncoder, IeftGatedConvolution, IeftPooler
+    from .pipeline_ieft import find_processor, rank_candidates
 except ImportError:  # imported from the clone or the wheel, where these files are top-level modules
     from configuration_ieft import IeftConfig
     from layers_ieft import IeftEmbeddings, IeftEncoder, IeftGatedConvolution, IeftPooler
+    from pipeline_ieft import find_processor, rank_candidates
 
+AUTO_CLASSES = {
+    "AutoConfig": "configuration_ieft.IeftConfig",
+    "AutoModel": "modeling_ieft.IeftModel",
+    # As the cross-encoders of text retrieval: a pair goes in, one logit comes out.
+    "AutoModelForSequenceClassification": "modeling_ieft.IeftForImageTextRetrieval",
+}
+PIPELINE = {"impl": "pipeline_ieft.ImageTextRetrievalPipeline", "pt": ["AutoModelForSequenceClassification"]}
 MAX_LOGIT_SCALE = math.log(100.0)  # as CLIP: similarities are never scaled by more than 100
 
 
@@ -67,6 +76,12 @@ class IeftPreTrainedModel(PreTrainedModel):
             init.normal_(module.depthwise.weight, std=1 / 3)  # nine inputs each: keeps the scale of its input
         elif isinstance(module, IeftForImageTextRetrieval) and module.config.contrastive_dim:
             init.constant_(module.logit_scale, math.log(1 / 0.07))  # as CLIP
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As transformers', and the code that `trust_remote_code=True` runs where this project is not installed."""
+        self.config.auto_map = dict(AUTO_CLASSES)
+        self.config.custom_pipelines = {"image-text-retrieval": dict(PIPELINE)}
+        super().save_pretrained(save_directory, **kwargs)
 
 
 class Prepared(NamedTuple):
@@ -311,5 +326,23 @@ class IeftForImageTextRetrieval(IeftPreTrainedModel):
         first, _, _ = self.vilt.encode(pairs[0], attention_mask, projected=pairs[1:], num_queries=1)
         return self.rank_output(self.vilt.pooler(first))[:, 0]  # (B,)
 
+    def rank(self, image_or_caption, candidates, top_k=None, *, processor=None):
+        """Captions for an image or images for a caption, best first.
+
+        Args:
+            image_or_caption: a PIL image, array, path or URL; or a sentence.
+            candidates: a list of captions, or of images. A string is an image where it is a URL or names a file.
+            top_k: how many to return; None returns all.
+            processor: left out, the one saved beside this checkpoint.
+
+        Returns:
+            list: `{"image" or "caption": as given, "score": any real number, "rank": from 1}`.
+        """
+        processor = find_processor(self) if processor is None else processor
+        return rank_candidates(self, processor, image_or_caption, candidates, top_k=top_k)
+
+
+IeftModel.register_for_auto_class("AutoModel")
+IeftForImageTextRetrieval.register_for_auto_class("AutoModelForSequenceClassification")
 
 __all__ = ["IeftForImageTextRetrieval", "IeftModel", "IeftPreTrainedModel", "IeftRetrievalOutput"]

@@ -166,7 +166,10 @@ class IeftProcessor(ProcessorMixin):
         return BatchFeature(data, return_tensors)
 
 
-# A processor finds the class of its image processor through this table.
-AutoImageProcessor.register(IeftConfig, slow_image_processor_class=IeftImageProcessor, exist_ok=True)
+# A processor finds the class of its image processor through this table. Whatever backend is asked for, PIL works.
+BACKENDS = dict.fromkeys(("pil", "torchvision"), IeftImageProcessor)
+AutoImageProcessor.register(IeftConfig, image_processor_classes=BACKENDS, exist_ok=True)
+IeftImageProcessor.register_for_auto_class()
+IeftProcessor.register_for_auto_class()
 
 __all__ = ["IeftImageProcessor", "IeftProcessor", "array_to_rgb", "stretch_to_bytes", "to_rgb"]

@@ -1,21 +1,17 @@
 """IEFT for Hugging Face: importing this package makes `transformers`' auto classes know IEFT checkpoints.
 
-In: nothing. Out: the public names below. The network and processor are loaded at once, since the auto classes ask for
-the classes themselves; everything else on first use.
+In: nothing. Out: the public names below. The network, processor and pipeline are loaded at once, since the auto
+classes ask for the classes themselves; everything else on first use.
 """
 
 from importlib import import_module
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoProcessor,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from configuration_ieft import IeftConfig
 from modeling_ieft import IeftForImageTextRetrieval, IeftModel
+from pipeline_ieft import ImageTextRetrievalPipeline
 from processing_ieft import IeftImageProcessor, IeftProcessor
 
 LOADED_ON_FIRST_USE = {
@@ -34,8 +30,13 @@ AutoConfig.register("ieft", IeftConfig, exist_ok=True)
 AutoModel.register(IeftConfig, IeftModel, exist_ok=True)
 # As the cross-encoders of text retrieval: a pair goes in, one logit comes out.
 AutoModelForSequenceClassification.register(IeftConfig, IeftForImageTextRetrieval, exist_ok=True)
-AutoImageProcessor.register(IeftConfig, slow_image_processor_class=IeftImageProcessor, exist_ok=True)
 AutoProcessor.register(IeftConfig, IeftProcessor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(
+    "image-text-retrieval",
+    pipeline_class=ImageTextRetrievalPipeline,
+    pt_model=AutoModelForSequenceClassification,
+    type="multimodal",
+)
 
 
 def __getattr__(name):
@@ -54,5 +55,6 @@ __all__ = [
     "IeftImageProcessor",
     "IeftModel",
     "IeftProcessor",
+    "ImageTextRetrievalPipeline",
     *LOADED_ON_FIRST_USE,
 ]

@@ -12,6 +12,7 @@ LAYERS = {
     "layers_ieft": 0,
     "modeling_ieft": 0,
     "processing_ieft": 0,
+    "pipeline_ieft": 0,
     "ieft.metrics": 0,
     "ieft.scenes": 0,
     "ieft.ranking": 1,
@@ -22,7 +23,8 @@ LAYERS = {
 }
 TOP_LAYER = 3  # the root commands, benchmarks, the `evaluate` module, the package's lazy front
 SAME_LAYER = {
-    "modeling_ieft": {"configuration_ieft", "layers_ieft"},
+    "modeling_ieft": {"configuration_ieft", "layers_ieft", "pipeline_ieft"},
+    "pipeline_ieft": {"processing_ieft"},
     "processing_ieft": {"configuration_ieft"},
 }
 
