@@ -22,7 +22,6 @@ from transformers import BertTokenizer, HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_ieft import IeftConfig
-from convert_checkpoint import load_any_checkpoint
 from ieft.batches import EvaluationSet, TrainingItems
 from ieft.report import ranked_sheet, recall_table, training_curves
 from ieft.trainer import IeftTrainer, IeftTrainingArguments
@@ -207,8 +206,9 @@ def load_model(model_args, args, captions):
     """The network and processor of a checkpoint, or new ones with a tokenizer trained on the captions."""
     contrastive_dim = model_args.contrastive_dim if args.contrastive_weight else 0
     if model_args.model_name_or_path:
-        model, processor = load_any_checkpoint(model_args.model_name_or_path, contrastive_dim=contrastive_dim)
-        return model, processor
+        source = model_args.model_name_or_path
+        model = IeftForImageTextRetrieval.from_pretrained(source, contrastive_dim=contrastive_dim)
+        return model, IeftProcessor.from_pretrained(source)
     tokenizer = train_tokenizer(caption for of_image in captions for caption in of_image)
     network = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | NETWORKS[model_args.network]
     model = IeftForImageTextRetrieval(IeftConfig(**network, contrastive_dim=contrastive_dim))
