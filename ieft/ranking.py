@@ -1,102 +1,287 @@
 """Scores of images and captions by the cross-encoder: the whole matrix, or chosen pairs.
 
-In: a model, images as tensors by row, captions as token ids; none of them is known here by more than its few methods.
-Out: float32 scores, image first, higher is better.
+In: a model, images as tensors by row, captions as token ids. Out: float32 scores, higher is better. Of the model,
+three methods are known here: `prepare_images`, `prepare_captions`, `score_prepared`.
 
-What is exact and saves time: equal captions are scored once; each image and each caption is embedded and projected
-for block 0 once; captions of one length are batched together, so that none is padded; the last block runs for the one
-token that the score reads. Batches hang on the captions alone, so that any number of processes gives the same bits.
+Nothing is computed twice: equal captions are scored once, each image and caption is embedded and projected for block 0
+once, and captions of one length are read together, so that none is padded. The work is cut into tiles, whole images
+with their captions. A tile's batches depend on what is ranked alone, never on who ranks it: any number of processes
+gives the same bits, and so does a run that was killed and begun again.
 """
 
+import hashlib
+import json
+import logging
+import os
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-TOKENS_AT_ONCE = 2048  # of images and captions together; small enough to stay in a CPU's cache
-TOKENS_AT_ONCE_ON_GPU = 65536
+logger = logging.getLogger(__name__)
+
+BATCH_TOKENS = 2048  # of pairs read at once, captions and images together: small enough for a CPU's cache
+BATCH_TOKENS_ON_GPU = 65536
+TILE_PAIRS = 4096  # minutes of a CPU's work
+TILE_PAIRS_ON_GPU = 32768
+TILE_IMAGES = 32  # bounds the memory that pixels take
+FEWEST_TILES = 64  # where there are as many images, so that processes get equal shares
+KEPT_CAPTION_TOKENS = 65536  # prepared once and kept, about 0.8 GB; beyond, captions are prepared tile by tile
+NOT_IN_FINGERPRINT = ("architectures", "auto_map", "custom_pipelines", "transformers_version")
 
 
-def score_matrix(model, images, captions, *, tokens_at_once=None, dtype=None, progress=True):
+def score_matrix(model, images, captions, *, dtype=None, batch_tokens=None, num_workers=0, progress=True,
+                 score_cache=None):  # fmt: skip
     """Score every image with every caption.
 
     Under `torch.distributed` the images are shared out over the processes, and each gets the whole matrix.
 
     Args:
-        images: I tensors (3, image_size, image_size) by row, read one at a time.
-        captions: C lists of token ids, not padded.
-        tokens_at_once: tokens in one forward pass; None chooses by device.
-        dtype: torch.bfloat16 or torch.float16 for autocast; None computes in the model's own type.
-        progress: show a bar in pairs.
+        images: I tensors (3, image_size, image_size) by row; read one tile at a time.
+        captions: C lists of token ids, special tokens included, not padded.
+        dtype: torch.bfloat16 or torch.float16 for the matrix products, the rest staying in float32; None computes in
+            the model's own type.
+        batch_tokens: tokens read at once, captions and images together; None chooses by device.
+        num_workers: processes that read images ahead.
+        progress: show a bar in pairs, on the main process.
+        score_cache: a folder that keeps the scores of each finished tile; a run that was interrupted goes on from
+            there. Scores of other weights, images, captions or settings are never taken.
 
     Returns:
         ndarray: (I, C) float32.
+
+    Raises:
+        ValueError: for a caption without tokens.
     """
     distinct, column_of = _distinct(captions)
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    scores = np.zeros((len(images), len(distinct)), dtype=np.float32)
-    bar = tqdm(total=scores.size, desc="Ranking", unit=" pairs", disable=not progress or rank > 0)
-    with _inference(model, dtype), bar:
-        batches = _caption_batches(model, distinct, tokens_at_once) if len(images) else []
-        for row in range(rank, len(images), processes):
-            image = model.prepare_images(images[row][None].to(model.device))
-            for columns, prepared in batches:
-                scores[row, columns] = model.score_prepared(prepared, image).float().cpu().numpy()
-            bar.update(processes * len(distinct))
-    if processes > 1:
-        scores = _sum_over_processes(scores, model.device)
-    return scores[:, column_of]
+    width = len(distinct)
+    starts = np.arange(len(images) + 1) * width
+    options = {"dtype": dtype, "batch_tokens": batch_tokens, "num_workers": num_workers, "score_cache": score_cache}
+    scores = _score(
+        model, images, distinct, starts, partial(_pairs_of_matrix, width=width), progress and "Ranking", **options
+    )
+    return scores.reshape(len(images), width)[:, column_of]
 
 
-def score_pairs(model, images, captions, pairs, *, tokens_at_once=None, dtype=None, progress=True):
-    """Score chosen pairs, for re-ranking a shortlist.
+def score_pairs(model, images, captions, pairs, *, dtype=None, batch_tokens=None, num_workers=0, progress=True,
+                score_cache=None):  # fmt: skip
+    """Score chosen pairs, for re-ranking shortlists; options and sharing as `score_matrix`.
 
     Args:
-        pairs: (N, 2) rows of images and captions.
+        pairs: (N, 2) rows of images and of captions, in any order; a repeated pair is scored once.
 
     Returns:
-        ndarray: (N,) float32, equal to the same entries of `score_matrix`.
+        ndarray: (N,) float32, equal to those entries of `score_matrix` but for rounding.
+
+    Raises:
+        ValueError: for pairs of another shape or of rows that do not exist.
     """
-    pairs = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
-    scores = np.empty(len(pairs), dtype=np.float32)
-    with tqdm(total=len(pairs), desc="Re-ranking", unit=" pairs", disable=not progress) as bar:
-        for row in np.unique(pairs[:, 0]):
-            of_image = np.flatnonzero(pairs[:, 0] == row)
-            wanted = [captions[column] for column in pairs[of_image, 1]]
-            options = {"tokens_at_once": tokens_at_once, "dtype": dtype, "progress": False}
-            scores[of_image] = score_matrix(model, [images[int(row)]], wanted, **options)[0]
-            bar.update(len(of_image))
-    return scores
+    pairs = _check_pairs(pairs, len(images), len(captions))
+    used, columns = np.unique(pairs[:, 1], return_inverse=True)
+    distinct, column_of = _distinct([captions[column] for column in used])
+    rows_and_columns = np.stack([pairs[:, 0], column_of[columns]], axis=1)
+    unique, place = np.unique(rows_and_columns, axis=0, return_inverse=True)  # sorted by image
+    starts = np.append(np.flatnonzero(np.diff(unique[:, 0], prepend=-1)), len(unique))
+    options = {"dtype": dtype, "batch_tokens": batch_tokens, "num_workers": num_workers, "score_cache": score_cache}
+    scores = _score(
+        model, images, distinct, starts, lambda start, stop: unique[start:stop].T, progress and "Re-ranking", **options
+    )
+    return scores[place.reshape(-1)]
 
 
 def _distinct(captions):
     """Captions without repeats, and the place of each one among them."""
     places = {}
-    column_of = [places.setdefault(tuple(caption), len(places)) for caption in captions]
+    column_of = [places.setdefault(tuple(int(token) for token in caption), len(places)) for caption in captions]
+    if () in places:
+        raise ValueError(
+            f"Captions of at least one token expected; caption {column_of.index(places[()])} is empty. Tokenize with "
+            "the processor, which adds special tokens."
+        )
     return list(places), np.array(column_of, dtype=np.int64)
 
 
-def _caption_batches(model, captions, tokens_at_once):
-    """Columns and prepared captions, of one length in each batch, the longest first: memory peaks at the start."""
-    if tokens_at_once is None:
-        tokens_at_once = TOKENS_AT_ONCE if model.device.type == "cpu" else TOKENS_AT_ONCE_ON_GPU
-    by_length = {}
-    for column, caption in enumerate(captions):
-        by_length.setdefault(len(caption), []).append(column)
-    batches = []
-    for length, columns in sorted(by_length.items(), reverse=True):
-        size = max(1, tokens_at_once // (length + model.config.num_patches + 1))
-        for start in range(0, len(columns), size):
-            chosen = columns[start : start + size]
-            input_ids = torch.tensor([captions[column] for column in chosen], device=model.device)
-            batches.append((chosen, model.prepare_captions(input_ids)))
-    return batches
+def _check_pairs(pairs, num_images, num_captions):
+    pairs = np.asarray(pairs, dtype=np.int64)
+    if pairs.size == 0:
+        return pairs.reshape(0, 2)
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"pairs of shape (N, 2) expected, rows of images and captions; got {pairs.shape}.")
+    if pairs.min() < 0 or (pairs.max(axis=0) >= (num_images, num_captions)).any():
+        raise ValueError(
+            f"pairs of rows below {num_images} (images) and {num_captions} (captions) expected; got rows from "
+            f"{pairs.min(axis=0).tolist()} to {pairs.max(axis=0).tolist()}."
+        )
+    return pairs
+
+
+def _pairs_of_matrix(start, stop, width):
+    """Rows and columns of a stretch of the flattened matrix."""
+    return np.divmod(np.arange(start, stop), width)
+
+
+def _score(model, images, captions, starts, pairs_of, title, *, dtype, batch_tokens, num_workers, score_cache):
+    """Scores of all pairs, in their order.
+
+    Args:
+        captions: distinct tuples of token ids.
+        starts: where the pairs of each image begin among all pairs, and their number.
+        pairs_of: start, stop -> rows of images (rising) and columns of captions, of those pairs.
+        title: of the progress bar, or False.
+
+    Returns:
+        ndarray: (N,) float32.
+    """
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    scores = np.zeros(starts[-1], dtype=np.float32)
+    on_gpu = model.device.type != "cpu"
+    batch_tokens = batch_tokens or (BATCH_TOKENS_ON_GPU if on_gpu else BATCH_TOKENS)
+    tiles = _cut_tiles(starts, TILE_PAIRS_ON_GPU if on_gpu else TILE_PAIRS)
+    mine = tiles[rank::processes]
+    bar = tqdm(total=len(scores), desc=title or None, unit=" pairs", disable=not title or rank > 0)
+    with _inference(model, dtype), bar:
+        cache = score_cache and _ScoreCache(score_cache, model, dtype, batch_tokens)
+        loader = _read_images(images, [np.unique(pairs_of(*tile)[0]) for tile in mine], num_workers)
+        prepared_captions = _PreparedCaptions(model, captions)
+        for number, ((start, stop), pixels) in enumerate(zip(mine, loader, strict=True)):
+            rows, columns = pairs_of(start, stop)
+            rows = np.unique(rows, return_inverse=True)[1].reshape(-1)  # within this tile
+            compute = partial(_score_tile, model, pixels, prepared_captions, rows, columns, batch_tokens)
+            key = cache and cache.key(pixels, rows, [captions[column] for column in columns])
+            scores[start:stop] = cache.get_or_compute(key, compute) if cache else compute()
+            everyones = tiles[number * processes : (number + 1) * processes]
+            bar.update(int(everyones[-1][1] - everyones[0][0]))
+    return _sum_over_processes(scores, model.device) if processes > 1 else scores
+
+
+def _cut_tiles(starts, tile_pairs):
+    """Stretches of pairs, whole images each: [(start, stop)]; the same for any number of processes."""
+    num_images = len(starts) - 1
+    most_images = max(1, min(TILE_IMAGES, num_images // FEWEST_TILES))
+    tiles, first = [], 0
+    while first < num_images and starts[-1]:
+        last = int(np.searchsorted(starts, starts[first] + tile_pairs, side="right")) - 1
+        last = min(max(last, first + 1), first + most_images, num_images)
+        tiles.append((int(starts[first]), int(starts[last])))
+        first = last
+    return tiles
+
+
+def _read_images(images, rows_of_tiles, num_workers):
+    """Pixels of each tile's images: (I, 3, H, W)."""
+    batches = [rows.tolist() for rows in rows_of_tiles]
+    return DataLoader(images, batch_sampler=batches, num_workers=num_workers) if batches else []
+
+
+def _score_tile(model, pixels, captions, rows, columns, batch_tokens):
+    """Scores of a tile's pairs; `rows` are those of `pixels`."""
+    images = model.prepare_images(pixels.to(model.device))
+    scores = torch.empty(len(rows), dtype=torch.float32, device=model.device)
+    lengths = captions.lengths[columns]
+    for length in np.unique(lengths)[::-1]:  # the longest first: memory peaks at the start
+        alike = np.flatnonzero(lengths == length)
+        size = max(1, batch_tokens // (int(length) + images.hidden.shape[1]))
+        for batch in np.array_split(alike, -(-len(alike) // size)):
+            of_images = rows[batch]
+            same_image = of_images[0] == of_images[-1]  # they rise
+            chosen = images.take(torch.from_numpy(of_images[:1] if same_image else of_images))
+            places = torch.from_numpy(batch).to(model.device)
+            scores[places] = model.score_prepared(captions.take(columns[batch]), chosen).float()
+    return scores.cpu().numpy()
+
+
+class _PreparedCaptions:
+    """Captions by column, prepared for block 0 at first use and, where they are not too many, kept."""
+
+    def __init__(self, model, captions):
+        self.model = model
+        self.captions = captions
+        self.lengths = np.array([len(caption) for caption in captions], dtype=np.int64)
+        self.are_kept = self.lengths.sum() <= KEPT_CAPTION_TOKENS
+        self._of_length = {}
+
+    def take(self, columns):
+        """Captions of one length, prepared."""
+        if not self.are_kept:
+            return self._prepare(columns)
+        length = self.lengths[columns[0]]
+        alike = np.flatnonzero(self.lengths == length)
+        if length not in self._of_length:
+            self._of_length[length] = self._prepare(alike)
+        return self._of_length[length].take(torch.from_numpy(np.searchsorted(alike, columns)))
+
+    def _prepare(self, columns):
+        input_ids = torch.tensor([self.captions[column] for column in columns], device=self.model.device)
+        return self.model.prepare_captions(input_ids)
+
+
+class _ScoreCache:
+    """Scores of finished tiles in a folder, one file each, named by all that the scores depend on."""
+
+    def __init__(self, folder, model, dtype, batch_tokens):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = [str(dtype), batch_tokens, model.device.type, model.config._attn_implementation]
+        self.fingerprint = _fingerprint(model, settings)
+
+    def key(self, pixels, rows, captions):
+        """A tile's name, from its images (I, 3, H, W) and the row among them and token ids of each pair."""
+        digest = self.fingerprint.copy()
+        digest.update(pixels.contiguous().numpy())
+        digest.update(np.ascontiguousarray(rows))
+        digest.update(json.dumps(captions).encode())
+        return digest.hexdigest()
+
+    def get_or_compute(self, key, compute):
+        """The scores of a tile: those kept, or else what `compute` gives, which is kept then."""
+        path = self.folder / f"{key[:32]}.safetensors"
+        if path.exists():
+            try:
+                return _read_tile(path, key)
+            except (SafetensorError, ValueError) as error:
+                logger.warning("%s is damaged (%s) and is computed again.", path, error)
+        scores = np.ascontiguousarray(compute(), dtype=np.float32)
+        beside = path.with_suffix(f".{os.getpid()}.tmp")  # a killed process never leaves half a tile under its name
+        metadata = {"key": key, "sha256": hashlib.sha256(scores).hexdigest()}
+        save_file({"scores": torch.from_numpy(scores)}, beside, metadata)
+        os.replace(beside, path)
+        return scores
+
+
+def _read_tile(path, key):
+    """Scores as written.
+
+    Raises:
+        SafetensorError: for a truncated file.
+        ValueError: where the content is not what was written.
+    """
+    with safe_open(path, framework="np") as file:
+        scores, metadata = file.get_tensor("scores"), file.metadata()
+    if metadata != {"key": key, "sha256": hashlib.sha256(scores).hexdigest()}:
+        raise ValueError("its checksum does not fit")
+    return scores
+
+
+def _fingerprint(model, settings):
+    """A digest of the weights, the configuration and settings."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_IN_FINGERPRINT}
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps([settings, config], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest
 
 
 def _sum_over_processes(scores, device):
-    """Rows that another process computed are 0 here: their sum is the matrix, without rounding."""
+    """Scores that another process computed are 0 here: the sum is all of them, without rounding."""
     total = torch.from_numpy(scores).to(device)
     dist.all_reduce(total)
     return total.cpu().numpy()
@@ -105,10 +290,11 @@ def _sum_over_processes(scores, device):
 @contextmanager
 def _inference(model, dtype):
     """Evaluation mode without gradients, in a chosen type; the model is left as it was found."""
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
             yield
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
