@@ -1,10 +1,30 @@
-"""Checkpoints of other makes as IEFT weights.
+"""Checkpoints of every make as an IEFT model: the network, its processor, and what became of each tensor.
 
-In: a state dict in the names of the published IEFT code, or of original ViLT. Out: the same tensors under this
-project's names. It knows nothing of training or data.
+    python convert_checkpoint.py vilt_200k_mlm_itm.ckpt converted/vilt --tokenizer bert-base-uncased
+    python convert_checkpoint.py dandelin/vilt-b32-mlm converted/vilt
+
+In: an original ViLT checkpoint, one of the published IEFT code, or a folder or Hub id of a transformers ViLT or of an
+IEFT of this project. Out: a model and a processor, or a folder with both. It knows nothing of training or data.
 """
 
+import argparse
+import logging
+import os
 import re
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from transformers import BertTokenizer, PreTrainedConfig, ViltConfig
+
+from configuration_ieft import IeftConfig
+from modeling_ieft import IeftForImageTextRetrieval
+from processing_ieft import IeftImageProcessor, IeftProcessor
+
+logger = logging.getLogger(__name__)
 
 EMBEDDINGS = "vilt.embeddings."
 CONVOLUTION = r"vilt.encoder.enhancement.\1.gated_convolution."
@@ -37,6 +57,175 @@ PUBLISHED_NAMES = {
         for inner, inner_name in INSIDE_A_BLOCK.items()
     },
 }
+# Tensors of a source that IEFT has no use for.
+IGNORED = {
+    r"text_embeddings\.position_ids$": "a buffer of 0, 1, 2, ...",
+    r"local_net\.\d+\.(norm1|attn|gata_tra)\.": "stored in published IEFT checkpoints, never run",
+    r"itm_score\.": "image-text matching; its row 1 is where the ranking head starts",
+    r"(mlm|mpp)_score\.": "masked language and patch modelling",
+    r"(vqa_|nlvr2_)?classifier\.": "classification",
+    r"(image_projection|text_projection|logit_scale)\b": "contrastive heads, not asked for",
+}
+CONTRASTIVE_HEADS = ("image_projection.", "text_projection.", "logit_scale")
+# Sizes that a transformers ViLT and IEFT share; dropout and depth are IEFT's own.
+SHARED_SIZES = (
+    "vocab_size", "type_vocab_size", "modality_type_vocab_size", "max_position_embeddings", "hidden_size",
+    "num_attention_heads", "intermediate_size", "hidden_act", "initializer_range", "layer_norm_eps", "image_size",
+    "patch_size", "num_channels", "qkv_bias",
+)  # fmt: skip
+DEFAULT_TOKENIZER = "bert-base-uncased"
+
+
+def load_any_checkpoint(source, *, tokenizer=None, fit=None, **sizes):
+    """The network and processor of a checkpoint of any make; what is new in it starts as `IeftConfig` says.
+
+    Args:
+        source: a file (Lightning `.ckpt`, `.pt`, `.bin`), a folder, or a Hub id.
+        tokenizer: folder or Hub id of the tokenizer. Left out, the source's own, or BERT's uncased.
+        fit: as `IeftImageProcessor`; left out, the source's own, or "crop".
+        sizes: fields of `IeftConfig` to change, such as `image_size` (positions are interpolated) or
+            `contrastive_dim`; None leaves a field as the source has it.
+
+    Returns:
+        (IeftForImageTextRetrieval in eval mode and float32, IeftProcessor)
+
+    Raises:
+        ValueError: for a source that is none of these, needs more than tensors to be read, or does not fit.
+        OSError: for a source or tokenizer that cannot be had.
+    """
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    if os.path.isfile(source):
+        folder, tensors = Path(source).parent, read_tensors(source)
+        config = published_config(source, tensors, sizes)
+        renamed, unknown = rename_published(tensors)
+    else:
+        folder = find_folder(source)
+        config, tensors = folder_config(source, folder, sizes), read_folder(folder)
+        renamed, unknown = rename_transformers(tensors), []
+    model = build_model(config, start_ranking_head(renamed, tensors), unknown)
+    return model, load_processor(folder, config, tokenizer=tokenizer, fit=fit)
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(path):
+    """Name -> tensor of one file. Nothing in it is executed.
+
+    Raises:
+        ValueError: for a file that is no checkpoint, or that only running code from it could read.
+    """
+    if str(path).endswith(".safetensors"):
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # garbage can raise anything
+        reason = re.search(r"[Uu]nsupported (GLOBAL|global|operand)[: ]*(GLOBAL )?[\w.]+", str(error))
+        raise ValueError(
+            f"{path} was not read: more than tensors and plain values would have to be loaded from it, which can run "
+            f"code, or it is damaged ({reason.group(0) if reason else repr(error)}). If you trust its "
+            "source, save its `state_dict` alone: torch.save(torch.load(path, weights_only=False)['state_dict'], new)."
+        ) from None
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path} holds no `state_dict` of tensors: is it a checkpoint?")
+    return tensors
+
+
+def find_folder(source):
+    """A folder as it is, a Hub repository as its files in the cache, with safetensors where it has both kinds."""
+    if os.path.isdir(source):
+        return Path(source)
+    if str(source).count("/") > 1 or str(source).endswith((".ckpt", ".pt", ".bin", ".safetensors")):
+        raise FileNotFoundError(f"There is no file or folder {source}.")
+    folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.txt", "model*.safetensors"]))
+    if not list(folder.glob("model*.safetensors")):
+        folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.txt", "pytorch_model*.bin"]))
+    return folder
+
+
+def read_folder(folder):
+    """Name -> tensor of all weight files of a `save_pretrained` folder."""
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin.")
+    return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+
+
+# Sizes --------------------------------------------------------------------------------------------------------------
+
+
+def published_config(source, tensors, sizes):
+    """The configuration behind published names, read off the shapes; heads are 64 wide, as in all published ones.
+
+    Raises:
+        ValueError: for names of another network.
+    """
+    missing = [name for name in SIZED_BY if name not in tensors]
+    if missing:
+        raise ValueError(
+            f"{source} is neither an original ViLT nor a published IEFT checkpoint: it has no {missing[0]!r}; its "
+            f"first names are {list(tensors)[:3]}. For weights saved by transformers, pass their folder."
+        )
+    positions, patch, words, captions, token_types, modalities, mlp = (tensors[name].shape for name in SIZED_BY)
+    blocks = len({name.split(".")[2] for name in tensors if name.startswith("transformer.blocks.")})
+    stages = len({name.split(".")[2] for name in tensors if name.startswith("transformer.SE_blocks.")})
+    depth = min(blocks, IeftConfig.num_hidden_layers)
+    found = {
+        "hidden_size": positions[2],
+        "num_attention_heads": max(1, positions[2] // 64),
+        "num_hidden_layers": depth,
+        "patch_size": patch[2],
+        "image_size": round((positions[1] - 1) ** 0.5) * patch[2],
+        "num_channels": patch[1],
+        "vocab_size": words[0],
+        "max_position_embeddings": captions[0],
+        "type_vocab_size": token_types[0],
+        "modality_type_vocab_size": modalities[0],
+        "intermediate_size": mlp[0],
+        "qkv_bias": "transformer.blocks.0.attn.qkv.bias" in tensors,
+        "enhancement_layers": list(range(1, stages + 1)) if stages else fitting_stages(depth),
+    }
+    return IeftConfig(**(found | sizes))
+
+
+SIZED_BY = (
+    "transformer.pos_embed",
+    "transformer.patch_embed.proj.weight",
+    "text_embeddings.word_embeddings.weight",
+    "text_embeddings.position_embeddings.weight",
+    "text_embeddings.token_type_embeddings.weight",
+    "token_type_embeddings.weight",
+    "transformer.blocks.0.mlp.fc1.weight",
+)
+
+
+def fitting_stages(depth):
+    """The published places of enhancement stages, as far as there are blocks."""
+    return [block for block in IeftConfig.enhancement_layers if block < depth]
+
+
+def folder_config(source, folder, sizes):
+    """The configuration of an IEFT folder, or that of an IEFT around a transformers ViLT."""
+    found, _ = PreTrainedConfig.get_config_dict(folder)
+    if found.get("model_type") == "ieft":
+        return IeftConfig.from_pretrained(folder, **sizes)
+    if found.get("model_type") != "vilt":
+        raise ValueError(f"A ViLT or IEFT checkpoint expected; {source} is of type {found.get('model_type')!r}.")
+    vilt = ViltConfig.from_dict(found)
+    shared = {name: getattr(vilt, name) for name in SHARED_SIZES}
+    depth = min(vilt.num_hidden_layers, IeftConfig.num_hidden_layers)
+    shared |= {"text_layer_norm_eps": vilt.layer_norm_eps, "num_hidden_layers": depth}
+    return IeftConfig(**(shared | {"enhancement_layers": fitting_stages(depth)} | sizes))
+
+
+# Tensors ------------------------------------------------------------------------------------------------------------
+
+
+def rename_transformers(state_dict):
+    """Tensors of a transformers ViLT, or of an IEFT saved with or without its head, under our names."""
+    network = ("embeddings.", "encoder.", "layernorm.", "pooler.")
+    return {"vilt." + name if name.startswith(network) else name: tensor for name, tensor in state_dict.items()}
 
 
 def rename_published(state_dict):
@@ -66,3 +255,155 @@ def _our_name(name):
         if count:
             return ours
     return None
+
+
+def build_model(config, tensors, unknown):
+    """A model with these weights.
+
+    Args:
+        config: what to build.
+        tensors: our name -> tensor.
+        unknown: names of the source that have no counterpart.
+
+    Raises:
+        ValueError: that lists every tensor without a place, without a value, or of another shape.
+    """
+    model = IeftForImageTextRetrieval(config).eval()
+    own = model.state_dict()
+    tensors = reshape(tensors, own, config)
+    left_out = [name for name in [*unknown, *tensors] if name not in own]
+    reasons = {name: reason_to_ignore(name, config.num_hidden_layers) for name in left_out}
+    new = [name for name in own if name not in tensors]
+    faults = [f"no place for {name}" for name, reason in reasons.items() if reason is None]
+    faults += [f"no value for {name}" for name in new if not may_be_new(name, tensors)]
+    faults += [
+        f"{name} is {list(tensors[name].shape)}, {list(own[name].shape)} expected"
+        for name in own.keys() & tensors.keys()
+        if tensors[name].shape != own[name].shape
+    ]
+    if faults:
+        raise ValueError(f"The checkpoint does not fit an IEFT ({len(faults)} faults):\n" + "\n".join(sorted(faults)))
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in own}, strict=False)
+    for reason, count in Counter(reasons.values()).items():
+        logger.info("%d tensors left out: %s", count, reason)
+    if new:
+        stages_and_heads = sorted({re.sub(r"(enhancement\.\d+)\..*", r"\1", name) for name in new})
+        logger.info("New, to be trained: %s", ", ".join(stages_and_heads))
+    return model
+
+
+def reshape(tensors, own, config):
+    """Positions for the grid of `config`; contrastive heads of another width than our `own` are dropped."""
+    positions = EMBEDDINGS + "position_embeddings"
+    if positions in tensors:
+        tensors = tensors | {positions: interpolate_positions(tensors[positions], config.grid_size)}
+    if all(tensors[name].shape == own[name].shape for name in own.keys() & tensors.keys() if is_contrastive(name)):
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if not is_contrastive(name)}
+
+
+def start_ranking_head(renamed, source):
+    """The renamed tensors with a ranking head: their own, or the "match" row, 1, of the source's matching head."""
+    if "itm_score.fc.weight" not in source or "rank_output.weight" in renamed:
+        return renamed
+    return renamed | {f"rank_output.{kind}": source[f"itm_score.fc.{kind}"][1:] for kind in ("weight", "bias")}
+
+
+def reason_to_ignore(name, num_hidden_layers):
+    """Why a tensor without a place is left out, or None for one that must have a place."""
+    block = re.match(r"vilt\.encoder\.layer\.(\d+)\.", name)
+    if block and int(block.group(1)) >= num_hidden_layers:
+        return "blocks beyond those that run"
+    inner = name.removeprefix("vilt.embeddings.")
+    return next((reason for pattern, reason in IGNORED.items() if re.match(pattern, inner)), None)
+
+
+def may_be_new(name, tensors):
+    """Whether a parameter may start afresh: stages where the source has none, the heads."""
+    if ".enhancement." in name:
+        return not any(".enhancement." in other for other in tensors)
+    return name.startswith("rank_output.") or is_contrastive(name)
+
+
+def is_contrastive(name):
+    return name.startswith(CONTRASTIVE_HEADS)
+
+
+def interpolate_positions(positions, grid_size):
+    """Learned positions (1, 1+P, D) for another grid, (1, 1+grid_size^2, D): bilinear, corners aligned."""
+    old_size = round((positions.shape[1] - 1) ** 0.5)
+    if old_size == grid_size:
+        return positions
+    grid = positions[:, 1:].transpose(1, 2).unflatten(2, (old_size, old_size)).float()  # (1, D, G, G)
+    grid = torch.nn.functional.interpolate(grid, (grid_size, grid_size), mode="bilinear", align_corners=True)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
+
+
+# Processor and command ----------------------------------------------------------------------------------------------
+
+
+def load_processor(folder, config, *, tokenizer=None, fit=None):
+    """The processor of an IEFT folder, or a new one around the tokenizer that lies there or is named.
+
+    Raises:
+        OSError: where no tokenizer can be had.
+        ValueError: for a tokenizer of another vocabulary than the network's.
+    """
+    if (folder / "processor_config.json").is_file() and tokenizer is None:
+        processor = IeftProcessor.from_pretrained(folder)
+        processor.image_processor.image_size = config.image_size
+        processor.image_processor.fit = fit or processor.image_processor.fit
+        return processor
+    has_own = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+    place = tokenizer or (str(folder) if has_own else DEFAULT_TOKENIZER)
+    try:
+        vocabulary = BertTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"No tokenizer could be had from {place!r}. Pass --tokenizer with a folder that holds BERT's uncased "
+            "vocabulary (vocab.txt or tokenizer.json), or a Hub id that can be reached."
+        ) from error
+    if len(vocabulary) != config.vocab_size:
+        raise ValueError(
+            f"The network has embeddings for {config.vocab_size} tokens, the tokenizer from {place!r} has "
+            f"{len(vocabulary)}. Pass --tokenizer with the one that the checkpoint was trained with."
+        )
+    image_processor = IeftImageProcessor(config.image_size, fit or "crop")
+    return IeftProcessor(image_processor, vocabulary, max_caption_tokens=config.max_position_embeddings)
+
+
+def save_whole(model, processor, output_dir):
+    """Model and processor as a folder that is there complete or not at all.
+
+    Raises:
+        FileExistsError: where something would be written over.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise FileExistsError(f"{output_dir} exists and is not an empty folder. Pass another OUTPUT_DIR.")
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".converting-") as parent:
+        unfinished = Path(parent) / output_dir.name
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        unfinished.replace(output_dir)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a ViLT or IEFT checkpoint: a file, a folder or a Hub id")
+    parser.add_argument("output_dir", help="a folder to be made")
+    parser.add_argument("--tokenizer", help="folder or Hub id (default: the source's own, or bert-base-uncased)")
+    parser.add_argument("--image_size", type=int, help="other than the source's; positions are interpolated")
+    args = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    try:
+        model, processor = load_any_checkpoint(args.source, tokenizer=args.tokenizer, image_size=args.image_size)
+        save_whole(model, processor, args.output_dir)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"convert_checkpoint: {error}\n")
+    print(f"{args.source} -> {args.output_dir}: {model.num_parameters():,} parameters")
+
+
+if __name__ == "__main__":
+    main()
