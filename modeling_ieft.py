@@ -8,9 +8,12 @@ Paper and dimension letters: see `layers_ieft.py`; E is the width of the contras
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel, ViltModel
 from transformers import initialization as init
@@ -21,11 +24,11 @@ from transformers.utils import ModelOutput
 try:
     from .configuration_ieft import IeftConfig
     from .layers_ieft import IeftEmbeddings, IeftEncoder, IeftGatedConvolution, IeftPooler
-    from .pipeline_ieft import find_processor, rank_candidates
+    from .pipeline_ieft import find_model_card, find_processor, rank_candidates
 except ImportError:  # imported from the clone or the wheel, where these files are top-level modules
     from configuration_ieft import IeftConfig
     from layers_ieft import IeftEmbeddings, IeftEncoder, IeftGatedConvolution, IeftPooler
-    from pipeline_ieft import find_processor, rank_candidates
+    from pipeline_ieft import find_model_card, find_processor, rank_candidates
 
 AUTO_CLASSES = {
     "AutoConfig": "configuration_ieft.IeftConfig",
@@ -45,6 +48,7 @@ class IeftRetrievalOutput(ModelOutput):
         logits: (B, 1) matching scores, any real number, higher is better.
         image_features: (I, E) unit vectors, with `output_features`.
         text_features: (C, E) unit vectors, with `output_features`.
+        similarity_scale: the learned factor on their dot products in the contrastive loss, with `output_features`.
         hidden_states: the embeddings and the output of each block, each (B, S, D), with `output_hidden_states`.
         attentions: one (B, H, S, S) per block, rows summing to 1, with `output_attentions`.
     """
@@ -52,6 +56,7 @@ class IeftRetrievalOutput(ModelOutput):
     logits: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
     text_features: torch.Tensor | None = None
+    similarity_scale: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -250,14 +255,16 @@ class IeftForImageTextRetrieval(IeftPreTrainedModel):
             return_dict=True,
             **pairing,
         )
-        image_features = text_features = None
+        image_features = text_features = similarity_scale = None
         if output_features:
             image_features = self.get_image_features(image_embeds=image_embeds)
             text_features = self.get_text_features(input_ids, attention_mask, token_type_ids, inputs_embeds)
+            similarity_scale = self.similarity_scale()
         output = IeftRetrievalOutput(
             logits=self.rank_output(outputs.pooler_output),  # (B, 1)
             image_features=image_features,
             text_features=text_features,
+            similarity_scale=similarity_scale,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -340,6 +347,31 @@ class IeftForImageTextRetrieval(IeftPreTrainedModel):
         """
         processor = find_processor(self) if processor is None else processor
         return rank_candidates(self, processor, image_or_caption, candidates, top_k=top_k)
+
+    def push_to_hub(self, repo_id, *, processor=None, model_card=None, private=None, token=None, **kwargs):
+        """Weights, code, processor and model card, in one commit.
+
+        Args:
+            repo_id: "user/name"; made where it does not exist.
+            processor: left out, the one saved beside this checkpoint.
+            model_card: text of the page; left out, the one saved beside this checkpoint.
+            kwargs: as `huggingface_hub.HfApi.upload_folder`, such as `commit_message` and `revision`.
+
+        Returns:
+            CommitInfo: with the URL of the commit.
+
+        Raises:
+            ValueError: for a model that has no processor or page beside it, and is given none.
+        """
+        processor = find_processor(self) if processor is None else processor
+        model_card = find_model_card(self) if model_card is None else model_card
+        api = HfApi(token=token)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            Path(folder, "README.md").write_text(model_card, encoding="utf-8")
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
 
 IeftModel.register_for_auto_class("AutoModel")

@@ -154,6 +154,7 @@ class IeftProcessor(ProcessorMixin):
             raise ValueError("Images, captions (`text`) or both expected; got neither.")
         data = {}
         if text is not None:
+            text = [text] if isinstance(text, str) else list(text)
             encoding = self.tokenizer(
                 text, padding=padding, truncation=True, max_length=self.max_caption_tokens,
                 return_token_type_ids=False, **kwargs,

@@ -18,11 +18,12 @@ from pathlib import Path
 import datasets
 import transformers
 from datasets import concatenate_datasets
-from transformers import BertTokenizer, HfArgumentParser, set_seed
+from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_ieft import IeftConfig
-from ieft.batches import EvaluationSet, TrainingItems
+from convert_checkpoint import load_any_checkpoint
+from ieft.batches import EvaluationSet, TrainingItems, learn_tokenizer
 from ieft.report import ranked_sheet, recall_table, training_curves
 from ieft.trainer import IeftTrainer, IeftTrainingArguments
 from modeling_ieft import IeftForImageTextRetrieval
@@ -67,8 +68,8 @@ TINY_RECIPE = {
     "max_steps": 800,
     "eval_strategy": "steps",
     "save_strategy": "steps",
-    "eval_steps": 400,
-    "save_steps": 400,
+    "eval_steps": 200,
+    "save_steps": 200,
     "augmentation": "turns",
     "contrastive_weight": 1.0,
     "num_negatives": 10,
@@ -94,8 +95,8 @@ class ModelArguments:
         default="base",
         metadata={"help": "base, the published one, or tiny (the default for scenes).", "choices": list(NETWORKS)},
     )
-    fit: str = field(
-        default="crop", metadata={"help": "Images that are not square: crop or squash.", "choices": ["crop", "squash"]}
+    fit: str | None = field(
+        default=None, metadata={"help": "Images that are not square: crop (default) or squash, or as the checkpoint."}
     )
     contrastive_dim: int = field(
         default=256,
@@ -206,18 +207,13 @@ def load_model(model_args, args, captions):
     """The network and processor of a checkpoint, or new ones with a tokenizer trained on the captions."""
     contrastive_dim = model_args.contrastive_dim if args.contrastive_weight else 0
     if model_args.model_name_or_path:
-        source = model_args.model_name_or_path
-        model = IeftForImageTextRetrieval.from_pretrained(source, contrastive_dim=contrastive_dim)
-        return model, IeftProcessor.from_pretrained(source)
-    tokenizer = train_tokenizer(caption for of_image in captions for caption in of_image)
+        kept = None if not args.do_train else contrastive_dim  # a checkpoint that is only judged stays as it is
+        return load_any_checkpoint(model_args.model_name_or_path, fit=model_args.fit, contrastive_dim=kept)
+    tokenizer = learn_tokenizer(caption for of_image in captions for caption in of_image)
     network = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | NETWORKS[model_args.network]
     model = IeftForImageTextRetrieval(IeftConfig(**network, contrastive_dim=contrastive_dim))
-    return model, IeftProcessor(IeftImageProcessor(model.config.image_size, model_args.fit), tokenizer)
-
-
-def train_tokenizer(captions):
-    """A BERT word-piece tokenizer of at most BERT's size, learned from captions."""
-    return BertTokenizer().train_new_from_iterator(captions, vocab_size=IeftConfig.vocab_size, show_progress=False)
+    image_processor = IeftImageProcessor(model.config.image_size, model_args.fit or "crop")
+    return model, IeftProcessor(image_processor, tokenizer)
 
 
 def make_trainer(model, processor, splits, args):

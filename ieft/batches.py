@@ -8,6 +8,7 @@ after a resumption.
 """
 
 import random
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch.utils.data import Dataset
+from transformers import BertTokenizer
 
 from ieft.metrics import keep_unique_captions
 from processing_ieft import to_rgb
@@ -81,6 +83,29 @@ class EvaluationSet:
 def tokenize(captions, processor):
     """Sentences as lists of token ids, cut at the processor's limit, not padded."""
     return processor(text=list(captions), padding=False, return_tensors=None)["input_ids"] if len(captions) else []
+
+
+def learn_tokenizer(captions, *, largest=30522):
+    """A BERT tokenizer whose vocabulary is the words of the captions, with single characters for all other words.
+
+    The `tokenizers` library's own trainer breaks ties by chance, so that two runs on the same captions, or two
+    processes of one run, number their tokens differently.
+
+    Args:
+        captions: sentences, read once.
+        largest: entries of the vocabulary at most, rare words going first; BERT's own size.
+    """
+    special_tokens = BertTokenizer().all_special_tokens
+    backend = BertTokenizer().backend_tokenizer
+    counts = Counter(
+        word
+        for caption in captions
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(caption))
+    )
+    characters = sorted({character for word in counts for character in word})
+    words = sorted(counts, key=lambda word: (-counts[word], word))
+    tokens = dict.fromkeys(["[PAD]", *special_tokens, *characters, *(f"##{each}" for each in characters), *words])
+    return BertTokenizer(vocab={token: index for index, token in enumerate(list(tokens)[:largest])})
 
 
 class TrainingItems(Dataset):
@@ -200,7 +225,7 @@ def turn(square, which):
 def randomly_augmented(image, seed):
     """RandAugment with 2 operations of magnitude 9 (timm), drawn from `seed`; the global generators are left alone."""
     with _seeded_globally(seed):
-        return rand_augment_transform("rand-m9-n2", {"interpolation": Image.Resampling.BICUBIC})(image)
+        return rand_augment_transform("rand-m9-n2-p1", {"interpolation": Image.Resampling.BICUBIC})(image)
 
 
 @contextmanager

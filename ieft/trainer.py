@@ -104,8 +104,7 @@ class IeftTrainer(Trainer):
             pair_captions=groups[:, None, :].expand(-1, size, -1).flatten(),
             output_features=True,
         )
-        scale = self.accelerator.unwrap_model(model).similarity_scale()
-        similarity = scale * outputs.image_features @ outputs.text_features.T  # (I, I)
+        similarity = outputs.similarity_scale * outputs.image_features @ outputs.text_features.T  # (I, I)
         contrastive = matching_loss(similarity[None].float(), is_match[None])
         scores = outputs.logits.view(-1, size, size).float()  # (K, N, N)
         ranking = matching_loss(scores, is_match[groups[:, :, None], groups[:, None, :]])

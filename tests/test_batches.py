@@ -1,6 +1,10 @@
 """Training items, their negatives and augmentations, and evaluation sets."""
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +14,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import BertTokenizer
 
-from ieft.batches import EvaluationSet, SplitImages, TrainingItems, randomly_augmented, turn
+from ieft.batches import EvaluationSet, SplitImages, TrainingItems, learn_tokenizer, randomly_augmented, turn
 from processing_ieft import IeftImageProcessor, IeftProcessor
 
+ROOT = Path(__file__).parent.parent
 CAPTIONS = [
     ["a red house .", "a red house .", "one house beside a river ."],
     ["two ships .", "many boats in a harbour .", "a red house ."],
@@ -23,7 +28,7 @@ CAPTIONS = [
 
 @pytest.fixture
 def processor():
-    tokenizer = BertTokenizer().train_new_from_iterator([text for row in CAPTIONS for text in row], vocab_size=200)
+    tokenizer = learn_tokenizer(text for row in CAPTIONS for text in row)
     return IeftProcessor(IeftImageProcessor(image_size=16), tokenizer)
 
 
@@ -36,6 +41,34 @@ def split():
 
 def items_of(split, processor, **options):
     return TrainingItems(split, processor, **({"num_negatives": 4, "augmentation": "none"} | options))
+
+
+NUMBER_TOKENS = """
+from ieft.batches import learn_tokenizer
+words = "red house beside river two ships many boats harbour green field wide near road stadium big".split()
+captions = [f"{one} {other} ." for one in words for other in words]  # every word is as frequent as the next
+print(sorted(learn_tokenizer(captions).get_vocab().items()))
+"""
+
+
+def test_a_learned_tokenizer_numbers_its_tokens_alike_in_every_process():
+    command = [sys.executable, "-c", NUMBER_TOKENS]
+    runs = [
+        subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True)
+        for seed in ("1", "2")
+    ]
+    assert runs[0].stdout == runs[1].stdout and b"harbour" in runs[0].stdout
+
+
+def test_a_learned_tokenizer_knows_its_words_and_spells_the_others(tmp_path):
+    tokenizer = learn_tokenizer(["A red house.", "a red roof, two ships ."])
+    assert tokenizer.pad_token_id == 0
+    assert tokenizer.tokenize("A RED house") == ["a", "red", "house"]
+    assert tokenizer.tokenize("reds") == ["r", "##e", "##d", "##s"] or tokenizer.tokenize("reds") == ["red", "##s"]
+    assert tokenizer.unk_token in tokenizer.tokenize("xylophone")
+    tokenizer.save_pretrained(tmp_path)
+    assert BertTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
+    assert len(learn_tokenizer(["a b c d e"], largest=8)) == 8
 
 
 def test_each_caption_is_one_item_and_repeats_on_one_image_count_once(split, processor):
@@ -75,7 +108,7 @@ def test_negatives_are_drawn_evenly(split, processor):
 
 
 def test_too_few_captions_to_draw_from_is_an_error(split, processor):
-    with pytest.raises(ValueError, match="At least 15 captions .* has 8.*--num_negatives"):
+    with pytest.raises(ValueError, match="At least 15 captions .* has 6.*--num_negatives"):
         items_of(split, processor, num_negatives=15, negatives="distinct")
     with pytest.raises(ValueError, match="distinct, uniform"):
         items_of(split, processor, negatives="hard")
@@ -85,7 +118,8 @@ def test_a_batch_holds_each_caption_once_and_says_what_matches(split, processor)
     items = items_of(split, processor)
     batch = items.collate([items[2], items[5], items[0]])
     assert batch["pixel_values"].shape == (3, 3, 16, 16)
-    assert len(batch["input_ids"].unique(dim=0)) == len(batch["input_ids"])
+    captions = np.concatenate([items[row]["captions"] for row in (2, 5, 0)])
+    assert len(batch["input_ids"]) == len(np.unique(captions))
     longest = batch["attention_mask"].sum(1).max()
     assert batch["input_ids"].shape[1] == longest
     for row, item in enumerate((2, 5, 0)):

@@ -134,6 +134,7 @@ def test_captions_are_cut_with_one_warning(processor, caplog):
 def test_both_together_and_neither(processor):
     both = processor(images=[gradient(), gradient()], text=CAPTIONS)
     assert set(both) == {"pixel_values", "input_ids", "attention_mask"}
+    assert processor(text=CAPTIONS[0])["input_ids"].dim() == 2  # one caption is a batch of one
     with pytest.raises(ValueError, match="got neither"):
         processor()
 

@@ -1,0 +1,135 @@
+"""The main command, run as users run it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import run_retrieval
+from modeling_ieft import IeftForImageTextRetrieval
+from processing_ieft import IeftProcessor
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--dataset_name", "scenes", "--use_cpu", "--max_train_samples", "24", "--max_eval_samples", "6",
+    "--max_predict_samples", "8", "--per_device_train_batch_size", "8", "--disable_tqdm", "true",
+]  # fmt: skip
+RECALLS = [f"{way}_r{k}" for way in ("ir", "tr") for k in (1, 5, 10)] + ["mean_recall"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder that a short training has filled, and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    command = [sys.executable, "run_retrieval.py", *SMALL, "--output_dir", str(folder), "--max_steps", "4",
+               "--eval_steps", "2", "--save_steps", "2"]  # fmt: skip
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return folder, finished.stdout
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def test_everything_promised_is_written(trained):
+    folder, printed = trained
+    results = read(folder, "test_results.json")
+    expected = RECALLS + [f"dedup_{name}" for name in RECALLS] + ["num_images", "num_captions", "protocol", "dataset"]
+    assert set(expected) <= set(results)
+    assert (results["num_images"], results["protocol"], results["dataset"]) == (8, "clean", "scenes")
+    assert results["mean_recall"] == pytest.approx(sum(results[name] for name in RECALLS[:6]) / 6)
+    everything = read(folder, "all_results.json")
+    assert everything["test_mean_recall"] == results["mean_recall"] and "eval_mean_recall" in everything
+    assert f"{results['mean_recall']:.1f}" in printed
+    for picture in ("ranked.png", "training.png"):
+        with Image.open(folder / picture) as image:
+            assert min(image.size) > 200
+
+
+def test_the_folder_loads_and_scores(trained):
+    folder, _ = trained
+    model = IeftForImageTextRetrieval.from_pretrained(folder).eval()
+    processor = IeftProcessor.from_pretrained(folder)
+    inputs = processor(images=Image.new("RGB", (200, 90), "green"), text="two white storage tanks .")
+    assert model(**inputs).logits.shape == (1, 1)
+
+
+def test_an_earlier_run_is_not_written_over_but_gone_on_with(trained, tmp_path):
+    folder, _ = trained
+    again = [*SMALL, "--output_dir", str(folder), "--max_steps", "4"]
+    with pytest.raises(ValueError, match="--resume_from_checkpoint true"):
+        run_retrieval.main(again)
+    before = read(folder, "test_results.json")
+    resumed = run_retrieval.main([*again, "--resume_from_checkpoint", "true"])
+    assert resumed == before  # all its steps are done: the same weights, the same recalls
+
+
+def launch(command, folder, trained_folder):
+    arguments = [*SMALL, "--do_eval", "--do_predict", "--model_name_or_path", str(trained_folder)]
+    finished = subprocess.run(
+        [*command, *arguments, "--output_dir", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+def test_two_processes_give_the_same_recalls_as_one(trained, tmp_path):
+    trained_folder, _ = trained
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                  "--main_process_port", "0", "run_retrieval.py"]  # fmt: skip
+    printed = launch(accelerate, tmp_path / "two", trained_folder)
+    launch([sys.executable, "run_retrieval.py"], tmp_path / "one", trained_folder)
+    assert read(tmp_path / "two", "test_results.json") == read(tmp_path / "one", "test_results.json")
+    assert read(tmp_path / "two", "eval_results.json") == read(tmp_path / "one", "eval_results.json")
+    assert printed.count("mean recall") == 1  # one process speaks
+
+
+def test_two_processes_train(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               "--main_process_port", "0", "run_retrieval.py", *SMALL, "--max_steps", "3", "--eval_steps", "3",
+               "--save_steps", "3", "--output_dir", str(tmp_path)]  # fmt: skip
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "mean_recall" in read(tmp_path, "test_results.json")
+
+
+# Arguments -----------------------------------------------------------------------------------------------------------
+
+
+def test_presets_follow_dataset_and_network_and_yield_to_the_user(tmp_path):
+    _, data_args, args = run_retrieval.parse_arguments(["--dataset_name", "sydney", "--use_cpu"])
+    assert (args.per_device_train_batch_size, args.num_train_epochs, args.learning_rate) == (512, 100, 1e-4)
+    assert (args.adam_beta2, args.weight_decay, args.contrastive_weight, args.num_negatives) == (0.98, 0.01, 0, 15)
+    assert args.do_train and args.do_eval and args.do_predict and args.metric_for_best_model == "mean_recall"
+    model_args, _, args = run_retrieval.parse_arguments(["--use_cpu", "--learning_rate", "1e-3", "--do_eval"])
+    assert (model_args.network, args.learning_rate, args.contrastive_weight) == ("tiny", 1e-3, 1.0)
+    assert not args.do_train and args.do_eval and not args.do_predict
+    model_args, _, args = run_retrieval.parse_arguments(["--use_cpu", "--num_train_epochs", "2"])
+    assert args.max_steps == -1 and args.num_train_epochs == 2
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"dataset_name": "ucm", "network": "tiny", "use_cpu": True, "max_steps": 7}))
+    model_args, data_args, args = run_retrieval.parse_arguments([str(path)])
+    assert (data_args.dataset_name, model_args.network, args.max_steps) == ("ucm", "tiny", 7)
+
+
+@pytest.mark.parametrize("name, epochs, batch", [("rsicd", 50, 256), ("rsitmd", 50, 256), ("ucm", 100, 256)])
+def test_published_epochs_and_batches(name, epochs, batch):
+    _, _, args = run_retrieval.parse_arguments(["--dataset_name", name, "--use_cpu"])
+    assert (args.num_train_epochs, args.per_device_train_batch_size) == (epochs, batch)
+
+
+def test_the_published_protocol_trains_on_validation_and_chooses_on_test():
+    _, data_args, args = run_retrieval.parse_arguments(["--use_cpu", "--protocol", "published"])
+    published = run_retrieval.load_splits(data_args, args)
+    data_args.protocol = "clean"
+    clean = run_retrieval.load_splits(data_args, args)
+    assert len(published["train"]) == len(clean["train"]) + len(clean["validation"]) == 1100
+    assert list(published["validation"]["filename"]) == list(clean["test"]["filename"])
+    assert set(clean["test"]["filename"]).isdisjoint([*clean["train"]["filename"], *clean["validation"]["filename"]])
