@@ -287,7 +287,7 @@ class ScenesConfig(datasets.BuilderConfig):
 class ScenesBuilder(datasets.GeneratorBasedBuilder):
     """Synthetic aerial scenes, drawn on the spot."""
 
-    VERSION = datasets.Version("1.0.0")  # raise it when scenes change, so that no old ones come from the cache
+    VERSION = datasets.Version("1.0.1")  # raise it when scenes change, so that no old ones come from the cache
     BUILDER_CONFIG_CLASS = ScenesConfig
 
     def _info(self):

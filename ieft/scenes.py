@@ -452,7 +452,7 @@ def _sentence(plan, generator, *, brief):
     ground = _pick(generator, GROUNDS[plan.ground][2])
     things = [_name_thing(thing) for thing in plan.things]
     if plan.sea:
-        ashore = f"{things[1]} on {ground}" if len(things) == 2 else ground
+        ashore = f"{things[1]} in {ground}" if len(things) == 2 else ground
         words = {"afloat": things[0], "is_afloat": _be(plan.things[0]), "ashore": ashore, "sea": plan.sea}
         return _pick(generator, AT_SEA).format(**words)
     first = int(generator.integers(len(things)))
