@@ -5,9 +5,11 @@ candidates as dicts, best first. It knows nothing of datasets, indexes or files 
 """
 
 import os
+from pathlib import Path
 
 import torch
 from transformers import Pipeline
+from transformers.utils import cached_file
 
 try:
     from .processing_ieft import IeftProcessor
@@ -31,6 +33,22 @@ def find_processor(model):
             "The processor of a model that was not loaded from a checkpoint is not known: pass processor=."
         )
     return IeftProcessor.from_pretrained(origin, trust_remote_code=IS_HUB_CODE)
+
+
+def find_model_card(model):
+    """The text of the page saved beside a model's weights.
+
+    Raises:
+        ValueError: for a model without one.
+    """
+    origin = model.config._name_or_path
+    page = origin and cached_file(origin, "README.md", _raise_exceptions_for_missing_entries=False)
+    if not page:
+        raise ValueError(
+            "This model has no README.md beside it to be its page: pass model_card=, such as the text that "
+            "ieft.hub.render_model_card gives."
+        )
+    return Path(page).read_text(encoding="utf-8")
 
 
 def rank_candidates(model, processor, query, candidates, *, top_k=None):

@@ -1,0 +1,157 @@
+"""Pushing over HTTP to a Hub on loopback, loading from it in a fresh cache, and the page that appears there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import running_hub
+from huggingface_hub import ModelCard
+from PIL import Image
+from test_modeling import tiny_config
+from transformers import BertTokenizer
+
+from ieft.hub import push_folder, render_model_card, write_model_card
+from modeling_ieft import IeftForImageTextRetrieval
+from processing_ieft import IeftImageProcessor, IeftProcessor
+
+ROOT = Path(__file__).parent.parent
+CAPTIONS = ["a red house beside a river .", "two ships in a harbour ."]
+RESULTS = {
+    "ir_r1": 12.5, "ir_r5": 40.0, "ir_r10": 60.1234, "tr_r1": 11.0, "tr_r5": 39.0, "tr_r10": 55.5,
+    "mean_recall": 36.35, "dedup_ir_r1": 14.25, "dedup_mean_recall": 41.0, "num_images": 93, "num_captions": 419, "protocol": "clean",
+    "dataset": "rsicd",
+}  # fmt: skip
+LOAD_AND_SCORE = """
+import json, sys
+from transformers import pipeline
+retrieval = pipeline("image-text-retrieval", model=sys.argv[1], trust_remote_code=True)
+print(json.dumps([hit["score"] for hit in retrieval(sys.argv[2], sys.argv[3:])]))
+"""
+PUSH_FOLDER = """
+import sys
+from ieft.hub import push_folder
+print(push_folder(sys.argv[1], sys.argv[2]))
+"""
+PUSH_MODEL = """
+import sys
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(model.push_to_hub(sys.argv[2]).commit_url)
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder as `run_retrieval.py` leaves it, training state and all; an image; its scores."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    tokenizer = BertTokenizer().train_new_from_iterator(CAPTIONS, vocab_size=60)
+    model = IeftForImageTextRetrieval(tiny_config(vocab_size=len(tokenizer))).eval()
+    processor = IeftProcessor(IeftImageProcessor(32), tokenizer)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "test_results.json").write_text(json.dumps(RESULTS))
+    (folder / "training_args.bin").write_bytes(b"a pickle")
+    (folder / "checkpoint-10").mkdir()
+    (folder / "checkpoint-10" / "config.json").write_text("{}")
+    write_model_card(folder, RESULTS, repo_id="someone/ieft-rsicd", training_arguments={"learning_rate": 1e-4})
+    image = folder.parent / "image.png"
+    Image.effect_noise((40, 30), 90).convert("RGB").save(image)
+    ranked = model.rank(str(image), CAPTIONS, processor=processor)
+    return folder, image, [hit["score"] for hit in ranked]
+
+
+def run_elsewhere(script, *arguments, folder, address, with_project):
+    """A script in a process of its own, an empty folder, a fresh cache and this Hub; what it printed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    environment |= {"HF_ENDPOINT": address, "HF_TOKEN": "anything", "HF_HOME": str(folder / "cache")}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    if with_project:
+        environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "script, with_project", [(PUSH_FOLDER, True), (PUSH_MODEL, False)], ids=["push_folder", "model.push_to_hub"]
+)
+def test_what_is_pushed_loads_elsewhere_with_the_same_scores(saved, tmp_path, script, with_project):
+    folder, image, scores = saved
+    (tmp_path / "push").mkdir()
+    (tmp_path / "load").mkdir()
+    with running_hub() as (address, hub):
+        name = "someone/ieft-rsicd"
+        url = run_elsewhere(script, folder, name, folder=tmp_path / "push", address=address, with_project=with_project)
+        assert url.startswith(f"{address}/{name}/commit/")
+        assert len(hub.commits[name]) == 2  # made, then everything at once
+        printed = run_elsewhere(
+            LOAD_AND_SCORE, name, image, *CAPTIONS, folder=tmp_path / "load", address=address, with_project=False
+        )
+        files = hub.files(name)
+    assert json.loads(printed) == pytest.approx(scores, abs=1e-6)
+    code = {f"{part}_ieft.py" for part in ("configuration", "layers", "modeling", "pipeline", "processing")}
+    assert code | {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json"} <= set(files)
+    assert not {path for path in files if path.startswith("checkpoint-") or path.endswith(".bin")}
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.eval_results[0].metric_value == 12.5
+    assert ("test_results.json" in files) == with_project
+
+
+def test_a_folder_that_is_not_whole_is_not_pushed(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="lacks modeling_ieft.py, .*README.md, model.safetensors"):
+        push_folder(tmp_path, "someone/ieft")
+
+
+def test_a_model_from_memory_asks_for_its_processor_and_page():
+    model = IeftForImageTextRetrieval(tiny_config())
+    with pytest.raises(ValueError, match="pass processor="):
+        model.push_to_hub("someone/ieft")
+    with pytest.raises(ValueError, match="pass model_card="):
+        model.push_to_hub("someone/ieft", processor=object())
+
+
+# The page ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_metadata_is_what_the_hub_reads(saved):
+    card = ModelCard.load(saved[0] / "README.md")
+    data = card.data
+    assert (data.license, data.library_name, data.language) == ("apache-2.0", "transformers", "en")
+    assert data.pipeline_tag and data.datasets == ["rsicd"] and data.metrics == ["recall"]
+    measured = {result.metric_name: result.metric_value for result in data.eval_results}
+    assert len(data.eval_results) == 9 and {result.dataset_name for result in data.eval_results} == {"rsicd"}
+    assert measured["text to image R@10 (strict)"] == 60.12
+    assert measured["mean recall (duplicate-aware)"] == 41.0
+    assert data.model_name == "ieft-rsicd"
+
+
+def test_the_page_says_all_that_was_measured_and_nothing_else(saved):
+    page = (saved[0] / "README.md").read_text()
+    strict, aware = (line for line in page.splitlines() if line.startswith(("| the image it", "| every image that")))
+    assert strict.split(" | ")[1:] == ["12.50", "40.00", "60.12", "11.00", "39.00", "55.50", "36.35 |"]
+    assert aware.split("|")[2:5] == [" 14.25 ", "  ", "  "]
+    said = ["93 images, 419 captions", "Protocol `clean`", "| `learning_rate` | `0.0001` |", "torch ", "## Limits"]
+    said += ["@article{", "# ieft-rsicd", 'model="someone/ieft-rsicd"']
+    assert [words for words in said if words not in page] == []
+    assert "{{" not in page and "{%" not in page and "ranked.png" not in page and "starts from" not in page
+
+
+@pytest.mark.parametrize("results", [None, {}, {"ir_r1": None, "mean_recall": float("nan")}])
+def test_without_results_there_is_no_number(results):
+    page = render_model_card(tiny_config(), results, repo_id="a/b")
+    assert "## Results" not in page and "## Training" not in page and "model-index" not in page
+    assert "nan" not in page and "None" not in page and "recall" not in page
+    assert ModelCard(page).data.license == "apache-2.0"
+
+
+def test_a_base_model_is_named_but_no_path_of_this_machine(tmp_path):
+    named = render_model_card(tiny_config(), repo_id="a/b", base_model="dandelin/vilt-b32-mlm")
+    assert ModelCard(named).data.base_model == "dandelin/vilt-b32-mlm" and "It starts from [dandelin" in named
+    assert str(tmp_path) not in render_model_card(tiny_config(), repo_id="a/b", base_model=str(tmp_path))
+    on_path = render_model_card(tiny_config(), RESULTS | {"dataset": str(tmp_path / "own")}, repo_id="a/b")
+    assert str(tmp_path) not in on_path and ModelCard(on_path).data.datasets == ["own"]
