@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from configuration_ieft import IeftConfig
 from convert_checkpoint import load_any_checkpoint
 from ieft.batches import EvaluationSet, TrainingItems, learn_tokenizer
+from ieft.hub import push_folder, write_model_card
 from ieft.report import ranked_sheet, recall_table, training_curves
 from ieft.trainer import IeftTrainer, IeftTrainingArguments
 from modeling_ieft import IeftForImageTextRetrieval
@@ -81,6 +82,10 @@ DATASET_RECIPES = {
     "ucm": {"num_train_epochs": 100},
 }
 STAGES = ("do_train", "do_eval", "do_predict")
+SHOWN_ON_THE_CARD = (
+    "learning_rate", "per_device_train_batch_size", "world_size", "num_train_epochs", "max_steps", "num_negatives",
+    "negatives", "augmentation", "contrastive_weight", "seed",
+)  # fmt: skip
 
 
 @dataclass
@@ -132,6 +137,7 @@ def main(arguments=None):
         dict | None: what `test_results.json` holds, or None without `--do_predict`.
     """
     model_args, data_args, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    push, args.push_to_hub = args.push_to_hub, False  # the whole folder once at the end, not every checkpoint
     set_up_logging(args)
     set_seed(args.seed)
     with args.main_process_first(desc="preparing the dataset"):
@@ -144,7 +150,14 @@ def main(arguments=None):
     trainer.save_model()
     if args.do_eval:
         save_results(trainer, "eval", trainer.evaluate(), data_args)
-    return predict(trainer, processor, splits["test"], data_args) if args.do_predict else None
+    results = predict(trainer, processor, splits["test"], data_args) if args.do_predict else None
+    if trainer.is_world_process_zero():
+        shown = {name: getattr(args, name) for name in SHOWN_ON_THE_CARD}
+        options = {"repo_id": args.hub_model_id, "base_model": model_args.model_name_or_path}
+        write_model_card(args.output_dir, results, training_arguments=shown if args.do_train else None, **options)
+        if push:
+            print(f"Pushed: {push_folder(args.output_dir, args.hub_model_id, private=args.hub_private_repo)}")
+    return results
 
 
 def parse_arguments(arguments):
@@ -160,6 +173,8 @@ def parse_arguments(arguments):
     model_args, data_args, args = parser.parse_dict(choose_recipe(given) | given)
     for stage in STAGES:
         setattr(args, stage, not asked or stage in asked)  # do_eval is switched on by eval_strategy otherwise
+    if args.push_to_hub and not args.hub_model_id:
+        raise ValueError("--push_to_hub needs to know where to: pass --hub_model_id user/name.")
     return model_args, data_args, args
 
 

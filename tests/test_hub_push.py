@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent.parent
 CAPTIONS = ["a red house beside a river .", "two ships in a harbour ."]
 RESULTS = {
     "ir_r1": 12.5, "ir_r5": 40.0, "ir_r10": 60.1234, "tr_r1": 11.0, "tr_r5": 39.0, "tr_r10": 55.5,
-    "mean_recall": 36.35, "dedup_ir_r1": 14.25, "dedup_mean_recall": 41.0, "num_images": 93, "num_captions": 419, "protocol": "clean",
+    "mean_recall": 36.35, "dedup_ir_r1": 14.25, "dedup_mean_recall": 41.0, "num_images": 93, "num_captions": 419,
+    "protocol": "clean",
     "dataset": "rsicd",
 }  # fmt: skip
 LOAD_AND_SCORE = """

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub_server import running_hub
 from PIL import Image
 
 import run_retrieval
@@ -46,6 +47,8 @@ def test_everything_promised_is_written(trained):
     everything = read(folder, "all_results.json")
     assert everything["test_mean_recall"] == results["mean_recall"] and "eval_mean_recall" in everything
     assert f"{results['mean_recall']:.1f}" in printed
+    card = (folder / "README.md").read_text()
+    assert f"{results['mean_recall']:.2f}" in card and "| `learning_rate` | `0.002` |" in card
     for picture in ("ranked.png", "training.png"):
         with Image.open(folder / picture) as image:
             assert min(image.size) > 200
@@ -100,7 +103,26 @@ def test_two_processes_train(tmp_path):
     assert "mean_recall" in read(tmp_path, "test_results.json")
 
 
+def test_push_to_hub_is_one_flag(trained, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    with running_hub() as (address, hub):
+        environment |= {"HF_ENDPOINT": address, "HF_TOKEN": "anything", "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "run_retrieval.py", *SMALL, "--do_predict", "--model_name_or_path", str(trained[0]),
+                   "--output_dir", str(tmp_path), "--push_to_hub", "--hub_model_id", "someone/scenes"]  # fmt: skip
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        files = hub.files("someone/scenes")
+    assert f"Pushed: {address}/someone/scenes/commit/" in finished.stdout
+    assert {"model.safetensors", "modeling_ieft.py", "tokenizer.json", "ranked.png", "test_results.json"} <= set(files)
+    assert "model-index" in files["README.md"].decode() and not any(name.startswith("checkpoint") for name in files)
+
+
 # Arguments -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_push_without_a_place_is_refused_before_anything_starts():
+    with pytest.raises(ValueError, match="--hub_model_id user/name"):
+        run_retrieval.main([*SMALL, "--push_to_hub"])
 
 
 def test_presets_follow_dataset_and_network_and_yield_to_the_user(tmp_path):
