@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo test lint bench
+.PHONY: help demo test lint
 .DEFAULT_GOAL := help
 
 help:  ## Show what can be made
@@ -26,5 +26,3 @@ lint: $(INSTALLED)  ## Check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(INSTALLED)  ## Measure the speed of ranking and training
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done

@@ -27,7 +27,7 @@ try:
     from .pipeline_ieft import find_model_card, find_processor, rank_candidates
 except ImportError:  # imported from the clone or the wheel, where these files are top-level modules
     from configuration_ieft import IeftConfig
-    from layers_ieft import IeftEmbeddings, IeftEncoder, IeftGatedConvolution, IeftPooler
+    from layers_ieft import IeftEmbeddings, IeftEncoder, IeftPooler
     from pipeline_ieft import find_model_card, find_processor, rank_candidates
 
 AUTO_CLASSES = {
@@ -77,8 +77,6 @@ class IeftPreTrainedModel(PreTrainedModel):
         if isinstance(module, IeftEmbeddings):
             init.normal_(module.cls_token, std=self.config.initializer_range)
             init.normal_(module.position_embeddings, std=self.config.initializer_range)
-        elif isinstance(module, IeftGatedConvolution):
-            init.normal_(module.depthwise.weight, std=1 / 3)  # nine inputs each: keeps the scale of its input
         elif isinstance(module, IeftForImageTextRetrieval) and module.config.contrastive_dim:
             init.constant_(module.logit_scale, math.log(1 / 0.07))  # as CLIP
 

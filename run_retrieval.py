@@ -125,6 +125,13 @@ class DataArguments:
             "choices": ["clean", "published"],
         },
     )
+    on_bad_rows: str = field(
+        default="stop",
+        metadata={
+            "help": "Images that cannot be read, blank captions: stop before anything is trained, or skip them.",
+            "choices": ["stop", "skip"],
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many validation images."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use this many test images."})
@@ -203,7 +210,9 @@ def set_up_logging(args):
 
 def load_splits(data_args, args):
     """Train, validation and test as the protocol has them, cut to the sizes asked for."""
-    splits = load_retrieval_dataset(data_args.dataset_name, data_args.data_dir, seed=args.seed)
+    splits = load_retrieval_dataset(
+        data_args.dataset_name, data_args.data_dir, seed=args.seed, on_bad_rows=data_args.on_bad_rows
+    )
     if data_args.protocol == "published":
         splits["train"] = concatenate_datasets([splits["train"], splits["validation"]])
         splits["validation"] = splits["test"]

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
+from golden_recipe import GOLDEN_FOLDER, is_unused, load_golden, make_inputs, make_published_state_dict, make_tensor
 from test_modeling import tiny_config, tiny_inputs
 from transformers import BertTokenizer, ViltConfig, ViltForImageAndTextRetrieval, ViltForMaskedLM, ViltModel
 
 import convert_checkpoint
 from convert_checkpoint import interpolate_positions, load_any_checkpoint, main, save_whole
-from golden_recipe import GOLDEN_FOLDER, is_unused, load_golden, make_inputs, make_published_state_dict, make_tensor
 from modeling_ieft import IeftForImageTextRetrieval
 from processing_ieft import IeftProcessor
 

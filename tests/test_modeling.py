@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
+from golden_recipe import GOLDEN_FOLDER, is_unused, load_golden, make_inputs, make_published_state_dict
 
 from configuration_ieft import IeftConfig
 from convert_checkpoint import rename_published
-from golden_recipe import GOLDEN_FOLDER, is_unused, load_golden, make_inputs, make_published_state_dict
 from modeling_ieft import IeftForImageTextRetrieval, IeftModel
 
 
