@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 try:
     from .configuration_ieft import IeftConfig
-    from .layers_ieft import IeftEmbeddings, IeftEncoder, IeftGatedConvolution, IeftPooler
+    from .layers_ieft import IeftEmbeddings, IeftEncoder, IeftPooler
     from .pipeline_ieft import find_model_card, find_processor, rank_candidates
 except ImportError:  # imported from the clone or the wheel, where these files are top-level modules
     from configuration_ieft import IeftConfig

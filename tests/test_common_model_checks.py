@@ -120,7 +120,7 @@ def test_shards_load_to_the_same_scores(saved, tmp_path_factory):
     loaded = IeftForImageTextRetrieval.from_pretrained(folder)
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    # Not to the last bit: a tensor in the middle of a file is aligned differently, and may be multiplied in other steps.
+    # Not to the last bit: a tensor may lie elsewhere in memory, and be multiplied in other steps.
     torch.testing.assert_close(loaded(**tiny_inputs()).logits, model(**tiny_inputs()).logits)
 
 
