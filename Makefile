@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo test lint
+.PHONY: help demo test lint bench
 .DEFAULT_GOAL := help
 
 help:  ## Show what can be made
@@ -26,3 +26,6 @@ lint: $(INSTALLED)  ## Check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+
+bench: $(INSTALLED)  ## Measure how fast images are ranked
+	PYTHONPATH=. $(BIN)/python benchmarks/bench_ranking.py
