@@ -6,10 +6,10 @@ In: nothing but these sizes. Out: a table, then one JSON line. Whether the score
 ways give the same ones.
 
 What bounds it: a pair of the full-size network costs the published loop 22.6 GFLOP. It pads every caption to 40
-tokens, embeds both sides again for each pair, and computes all tokens of the last block where one is read. Ranking leaves that
-out; the rest is matrix products, bounded by the machine's float32 peak. Captions of one length are read together, so
-that a trial with few captions shows ranking slower than it is. The two ways take turns in one run, so that what else
-the machine does falls on both.
+tokens, embeds both sides again for each pair, and computes all tokens of the last block where one is read. Ranking
+leaves that out; the rest is matrix products, bounded by the machine's float32 peak. Captions of one length are read
+together, so that a trial with few captions shows ranking slower than it is. The two ways take turns in one run, so
+that what else the machine does falls on both.
 """
 
 import argparse
