@@ -27,7 +27,7 @@ from modeling_ieft import IeftForImageTextRetrieval
 
 PADDED_LENGTH = 40  # of every caption in the published loop
 PAIRS_AT_ONCE = 32
-LENGTHS = (8, 20)  # tokens of a caption, special ones included: the middle nine tenths of RSICD's
+LENGTHS = (8, 20)  # tokens of a caption, special ones included, all equally likely
 
 
 def main():
