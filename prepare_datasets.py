@@ -1,309 +1,397 @@
-"""Every caption dataset as one `DatasetDict`.
+"""Every image-caption collection as one `DatasetDict`.
 
-In: the name of a dataset and the folder it was distributed in, or any folder in that format. Out: the splits `train`,
-`validation` and `test` with the columns `image`, `filename` and `captions`. It knows nothing of networks or tensors,
-and never changes what the user has.
+    python prepare_datasets.py rsicd --data_dir RSICD --output_dir prepared/rsicd
+    python prepare_datasets.py captions.csv --output_dir prepared/mine --push_to_hub user/mine
 
-The distributed format (Karpathy's): a JSON file with `images`, each with `filename`, `split` and `sentences` of `raw`,
-beside a folder of images.
+In: the name of a dataset and the folder or archive it was distributed in, any folder or file that `ieft/sources.py`
+reads, or a dataset on the Hub. Out: the splits `train`, `validation` and `test` with the columns `image`, `filename`
+and `captions`; from the command, as parquet shards. It knows nothing of networks or tensors, and never changes what
+the user has.
 """
 
+import argparse
 import hashlib
 import io
 import json
 import logging
-from dataclasses import dataclass
+import os
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
 import numpy as np
+from datasets.table import embed_table_storage
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from PIL import Image
+from tqdm import tqdm
 
-from ieft.scenes import SPLITS, draw_scene
+from ieft.archives import extract, is_archive, tar_members
+from ieft.bad_rows import MISSING, UNREADABLE, BadRowsError, describe, save_bad_rows, usable_rows
+from ieft.builders import SCENES_SEED, CaptionRowsBuilder, ScenesBuilder
+from ieft.downloads import download
+from ieft.sources import IMAGE_ENDINGS, Source, read_source, read_webdataset, table_source
 
 logger = logging.getLogger(__name__)
 
-SCENES_SEED = 2023
-VALIDATION_SHARE = 0.1
+SHARE_SET_ASIDE = 0.1
 ON_BAD_ROWS = ("stop", "skip")
-# Name -> where the dataset is distributed.
-DISTRIBUTED_AT = {
-    "rsicd": "https://github.com/201528014227051/RSICD_optimal",
-    "rsitmd": "https://github.com/xiaoyuan1996/AMFMN",
-    "ucm": "https://github.com/201528014227051/RSICD_optimal (UCM-Captions)",
-    "sydney": "https://github.com/201528014227051/RSICD_optimal (Sydney-Captions)",
-}
-# Spellings in circulation; the first that exists is taken, whatever its case.
-ANNOTATION_NAMES = ("dataset.json", "dataset_{name}.json", "{name}.json")
-IMAGE_FOLDER_NAMES = ("images", "imgs", "{name}_images", "image", ".")
-SPLIT_NAMES = {
-    "train": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-}
-FEATURES = {
-    "image": datasets.Image(),
-    "filename": datasets.Value("string"),
-    "captions": datasets.List(datasets.Value("string")),
+ROWS_IN_A_SHARD = 5000
+# Name -> where the dataset is distributed, its images and captions as published.
+BENCHMARKS = {
+    "rsicd": ("https://github.com/201528014227051/RSICD_optimal", 10921, 54605),
+    "rsitmd": ("https://github.com/xiaoyuan1996/AMFMN", 4743, 23715),
+    "ucm": ("https://github.com/201528014227051/RSICD_optimal (UCM-Captions)", 2100, 10500),
+    "sydney": ("https://github.com/201528014227051/RSICD_optimal (Sydney-Captions)", 613, 3065),
+    "nwpu": ("https://github.com/HaiyanHuang98/NWPU-Captions", 31500, 157500),
 }
 
 
-class BadRowsError(ValueError):
-    """Rows that cannot be used, each with its reason; nothing was prepared."""
-
-
-def load_retrieval_dataset(name_or_path, data_dir=None, *, seed=0, on_bad_rows="stop", scenes_seed=SCENES_SEED,
-                           cache_dir=None):  # fmt: skip
-    """The splits of a dataset.
+def load_retrieval_dataset(name_or_path, data_dir=None, **options):
+    """The splits of a collection.
 
     Args:
-        name_or_path: scenes, rsicd, rsitmd, ucm, sydney, or a folder in their format.
-        data_dir: the distributed folder of a named dataset.
-        seed: draws the validation split where none is distributed.
-        on_bad_rows: "stop" raises before anything is prepared; "skip" leaves such rows out and says so.
-        scenes_seed: which synthetic scenes are drawn.
-        cache_dir: where prepared splits are kept; None is the `datasets` library's own place.
+        name_or_path: scenes, rsicd, rsitmd, ucm, sydney, nwpu; a folder, file or archive; or a dataset on the Hub.
+        data_dir: the distributed folder, zip or tar of a named dataset.
+        options: as `load_and_check`.
 
     Returns:
         DatasetDict: `train`, `validation`, `test` with `image`, `filename`, `captions` (a list of sentences).
 
     Raises:
         ValueError: for an unknown name, a missing folder, or a file of another shape.
-        BadRowsError: for rows without an image or captions.
+        BadRowsError: for rows whose image or captions cannot be used.
+    """
+    return load_and_check(name_or_path, data_dir, **options)[0]
+
+
+def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_column=None, seed=0, on_bad_rows="stop",
+                   num_proc=None, scenes_seed=SCENES_SEED, cache_dir=None):  # fmt: skip
+    """The splits as `load_retrieval_dataset`, and what was left out.
+
+    Args:
+        image_column: where tables and Hub datasets hold images; None takes the first of the usual names.
+        caption_column: the same for captions: one string, a list, or the columns caption_1, caption_2...
+        seed: draws the validation and test splits where none is distributed.
+        on_bad_rows: "stop" raises before anything is prepared; "skip" leaves such rows out and says so.
+        num_proc: images read at once; None is one for each CPU core.
+        scenes_seed: which synthetic scenes are drawn.
+        cache_dir: where prepared splits are kept; None is the `datasets` library's own place.
+
+    Returns:
+        DatasetDict, and a list of `BadRow`.
     """
     if on_bad_rows not in ON_BAD_ROWS:
         raise ValueError(f"on_bad_rows must be one of {', '.join(ON_BAD_ROWS)}; got {on_bad_rows!r}.")
     if name_or_path == "scenes":
-        builder = ScenesBuilder(config_name="scenes", scenes_seed=scenes_seed, cache_dir=cache_dir)
+        builder, bad = ScenesBuilder(config_name="scenes", scenes_seed=scenes_seed, cache_dir=cache_dir), []
     else:
-        name, folder = _find_folder(name_or_path, data_dir)
-        source = read_caption_folder(folder, name)
-        rows = usable_rows(source, on_bad_rows)
-        if not any(row["split"] == "validation" for row in rows):
-            carve_validation(rows, seed)
-        builder = CaptionFolderBuilder(config_name=name, sources=fingerprint(rows), cache_dir=cache_dir)
+        kept = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ieft"
+        columns = {"image_column": image_column, "caption_column": caption_column}
+        name, source = find_source(str(name_or_path), data_dir, columns, kept)
+        rows, bad = check_rows(source, on_bad_rows, kept, num_proc)
+        carve_missing_splits(rows, seed)
+        config_name = re.sub(r"[^\w.-]", "-", name)
+        builder = CaptionRowsBuilder(config_name=config_name, sources=fingerprint(rows), cache_dir=cache_dir)
         builder.rows = rows
     builder.download_and_prepare()
-    return builder.as_dataset()
+    return builder.as_dataset(), bad
 
 
-def _find_folder(name_or_path, data_dir):
-    """The name of a dataset and its folder, or an error that says what to do."""
-    if name_or_path in DISTRIBUTED_AT:
+# Finding a collection ------------------------------------------------------------------------------------------------
+
+
+def find_source(name_or_path, data_dir, columns, kept):
+    """The name of a collection and its rows, or an error that says what to do."""
+    path = Path(data_dir or name_or_path)
+    if name_or_path in BENCHMARKS:
         if data_dir is None:
             raise ValueError(
-                f"{name_or_path} has to be downloaded first, from {DISTRIBUTED_AT[name_or_path]}. Pass the folder "
-                "that holds its annotation file and its images as --data_dir."
+                f"{name_or_path} has to be downloaded first, from {BENCHMARKS[name_or_path][0]}. Pass the folder, zip "
+                "or tar that holds its annotation file and its images as --data_dir."
             )
-        folder = Path(data_dir)
+        name = name_or_path
     else:
-        folder = Path(name_or_path)
-    if not folder.is_dir():
-        names = ", ".join(["scenes", *DISTRIBUTED_AT])
-        raise ValueError(f"A dataset's name ({names}) or an existing folder expected; got {str(folder)!r}.")
-    name = name_or_path if name_or_path in DISTRIBUTED_AT else folder.resolve().name
-    return name, folder.resolve()
-
-
-# Reading a distributed folder --------------------------------------------------------------------------------------
-
-
-@dataclass
-class CaptionFolder:
-    """A distributed folder as read: its annotation file, where images were looked for, and its rows."""
-
-    annotations: Path
-    image_folder: Path
-    rows: list[dict]  # filename, split, captions, path (None where there is no such image)
-
-
-def read_caption_folder(folder, name):
-    """Read the annotation file of a distributed folder and find the image of each row.
-
-    Raises:
-        ValueError: where there is no annotation file, or it is not of the distributed shape.
-    """
-    annotations = _find(folder, [each.format(name=name) for each in ANNOTATION_NAMES], "annotation file")
-    image_folder = _find(folder, [each.format(name=name) for each in IMAGE_FOLDER_NAMES], "image folder")
-    paths = {path.name.lower(): path for path in sorted(image_folder.iterdir()) if path.is_file()}
-    rows = []
-    for position, entry in enumerate(_read_entries(annotations)):
-        try:
-            row = {
-                "filename": str(entry["filename"]),
-                "split": SPLIT_NAMES[entry["split"]],
-                "captions": [str(sentence["raw"]).strip() for sentence in entry["sentences"]],
-            }
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{annotations}: image {position} must have a `filename`, a `split` of {', '.join(SPLIT_NAMES)} and "
-                f"`sentences` of `raw`; found {json.dumps(entry)[:200]}."
-            ) from error
-        rows.append(row | {"path": paths.get(Path(row["filename"]).name.lower())})
-    return CaptionFolder(annotations, image_folder, rows)
-
-
-def _find(folder, names, what):
-    existing = {path.name.lower(): path for path in sorted(folder.iterdir())} | {".": folder}
-    for name in names:
-        if name.lower() in existing:
-            return existing[name.lower()]
+        name = Path(name_or_path).resolve().name
+    if path.exists():
+        path = path.resolve()
+        if path.is_file() and is_archive(path):
+            if _is_webdataset(path):
+                return name, read_webdataset(path)
+            path = unpack(path, kept)
+        return name, read_source(path, name, **columns)
+    if data_dir is None and re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
+        return name_or_path, read_hub_dataset(name_or_path, columns, kept)
+    names = ", ".join(["scenes", *BENCHMARKS])
     raise ValueError(
-        f"{folder} holds no {what}: expected one of {', '.join(names)}; found {', '.join(existing)[:300]}."
+        f"A dataset's name ({names}), an existing folder or file, or user/name expected; got {str(path)!r}."
     )
 
 
-def _read_entries(annotations):
+def _is_webdataset(path):
+    """Whether a tar holds, beside some image, captions of the same name."""
+    if not path.name.lower().endswith(".tar"):
+        return False
+    names = {name.lower() for name, _, _ in tar_members(path)}
+    images = (name.rpartition(".") for name in names if name.endswith(IMAGE_ENDINGS))
+    return any(f"{stem}.txt" in names or f"{stem}.json" in names for stem, _, _ in images)
+
+
+def unpack(archive, kept):
+    """The folder of an archive, unpacked once; where all of it is in one folder, that folder."""
+    state = archive.stat()
+    key = hashlib.sha256(f"{archive} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:32]
+    folder = kept / "extracted" / key
+    if not folder.is_dir():
+        logger.warning("%d files unpacked from %s.", extract(archive, folder), archive)
+    children = list(folder.iterdir())
+    return children[0] if len(children) == 1 and children[0].is_dir() else folder
+
+
+def read_hub_dataset(name, columns, kept):
+    """All splits of a dataset on the Hub, or of a local parquet folder by the same way."""
     try:
-        content = json.loads(annotations.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{annotations} is not JSON: {error}.") from error
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list) or not content["images"]:
-        raise ValueError(f"{annotations} must be an object with a list `images` that is not empty.")
-    return content["images"]
+        splits = datasets.load_dataset(name, cache_dir=str(kept / "hub"))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{name} is no existing path, and cannot be loaded from the Hub: {error}.") from error
+    rows = []
+    for split, data in splits.items():
+        for column, feature in data.features.items():
+            if isinstance(feature, datasets.Image):
+                data = data.cast_column(column, datasets.Image(decode=False))
+        records = [{"split": split} | record if len(splits) == 1 else record | {"split": split} for record in data]
+        rows += table_source(Path(name), records, columns).rows
+    return Source(name, name, rows)
 
 
-def usable_rows(source, on_bad_rows):
-    """Rows with an image and captions that can be read.
+# Checking ------------------------------------------------------------------------------------------------------------
+
+
+def check_rows(source, on_bad_rows, kept, num_proc):
+    """The usable rows of a source, and all faults.
 
     Raises:
-        BadRowsError: with `on_bad_rows` "stop", where there are others; the message counts them, and names some.
+        BadRowsError: with `on_bad_rows` "stop", where there are faults; or where no row is left.
     """
-    bad, rows = [], []
-    seen = set()
-    for row in source.rows:
-        reasons = _faults(row, seen)
-        bad += [(row["filename"], reason) for reason in reasons]
-        captions = [caption for caption in row["captions"] if caption]
-        if captions and not any(reason != BLANK for reason in reasons):
-            rows.append(row | {"captions": captions})
+    reasons = fetch_urls(source.rows, kept, num_proc)
+    reasons |= image_faults(source.rows, kept, num_proc)
+    rows, bad = usable_rows(source.rows, reasons)
     if bad and (on_bad_rows == "stop" or not rows):
-        raise BadRowsError(_report(source, bad))
+        raise BadRowsError(bad, source.annotations)
     if bad:
-        logger.warning(_report(source, bad))
-    return rows
+        logger.warning(describe(bad, source.annotations))
+    if not rows:
+        raise ValueError(f"{source.annotations} holds no rows.")
+    return rows, bad
 
 
-BLANK = "a blank caption"
+def fetch_urls(rows, kept, num_proc):
+    """Put a file in the place of each URL; row number -> reason of those that cannot be had."""
+    remote = [(number, row) for number, row in enumerate(rows) if isinstance(row["image"], str)]
+    results = _parallel(lambda each: download(each[1]["image"], kept / "downloads"), remote, num_proc, "downloading")
+    reasons = {}
+    for (number, row), (path, reason) in zip(remote, results, strict=True):
+        row["image"] = path
+        if reason:
+            reasons[number] = reason
+    return reasons
 
 
-def _faults(row, seen):
-    faults = [BLANK] * sum(not caption for caption in row["captions"])
-    if not row["captions"]:
-        faults.append("no captions")
-    if row["filename"] in seen:
-        faults.append("named before in the annotation file")
-    seen.add(row["filename"])
-    if row["path"] is None:
-        faults.append("no such image file")
+def image_faults(rows, kept, num_proc):
+    """Row number -> why its image cannot be used. Every image is decoded once; later calls read what was found."""
+    missing = {number: MISSING for number, row in enumerate(rows) if row["image"] is None}
+    present = [number for number in range(len(rows)) if number not in missing]
+    states = [_state(rows[number]["image"]) for number in present]
+    path = kept / "checked" / f"{hashlib.sha256(json.dumps(states).encode()).hexdigest()}.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
     else:
-        faults += _image_fault(row["path"])
-    return faults
+        images = [rows[number]["image"] for number in present]
+        found = list(_parallel(image_fault, images, num_proc, "checking images"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(found), encoding="utf-8")
+        partial.replace(path)
+    return missing | {number: fault for number, fault in zip(present, found, strict=True) if fault}
 
 
-def _image_fault(path):
+def image_fault(image):
     """PIL's `verify` misses truncated files; reading the pixels finds them."""
     try:
-        with Image.open(path) as image:
-            image.load()
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            opened.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return [f"unreadable image: {error}"]
-    return []
+        return f"{UNREADABLE}: {error}"
+    return None
 
 
-def _report(source, bad, shown=10):
-    missing = sum(reason == "no such image file" for _, reason in bad)
-    lines = [f"{len(bad)} rows of {source.annotations} cannot be used as they are:"]
-    lines += [f"  {filename}: {reason}" for filename, reason in bad[:shown]]
-    if len(bad) > shown:
-        lines.append(f"  and {len(bad) - shown} more")
-    if missing:
-        lines.append(
-            f"{missing} of {len(source.rows)} images are missing from {source.image_folder}. Annotation file and "
-            "images must come from one source (RSICD is in circulation under two naming schemes)."
-        )
-    return "\n".join([*lines, "Mend them, or leave them out with --on_bad_rows skip."])
+def _parallel(work, items, num_proc, what):
+    """Results in order. Threads: decoding and downloading leave the interpreter to the others."""
+    if not items:
+        return []
+    with ThreadPoolExecutor(num_proc or os.cpu_count()) as pool:
+        shown = tqdm(pool.map(work, items), total=len(items), desc=what, disable=len(items) < 1000)
+        return list(shown)
 
 
-def carve_validation(rows, seed):
-    """Move a seeded tenth of the training rows to a validation split, and say so."""
-    train = [row for row in rows if row["split"] == "train"]
-    chosen = np.random.default_rng(seed).permutation(len(train))[: max(1, round(len(train) * VALIDATION_SHARE))]
-    for row in chosen:
-        train[row]["split"] = "validation"
-    logger.warning(
-        "No validation split is distributed: %d of %d training images are set aside for it (seed %d).",
-        len(chosen), len(train), seed,
-    )  # fmt: skip
+def _state(image):
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+    state = image.stat()
+    return f"{image} {state.st_size} {state.st_mtime_ns}"
 
 
 def fingerprint(rows):
-    """A hash of the annotations, the splits and the image files' sizes and times: an edit is a new dataset."""
+    """A hash of the annotations, the splits and the images, files by size and time: an edit is a new dataset."""
     digest = hashlib.sha256()
     for row in rows:
-        state = row["path"].stat()
-        digest.update(json.dumps([*map(str, row.values()), state.st_size, state.st_mtime_ns]).encode())
+        digest.update(json.dumps([row["filename"], row["split"], row["captions"], _state(row["image"])]).encode())
     return digest.hexdigest()
 
 
-# Builders ------------------------------------------------------------------------------------------------------------
+def carve_missing_splits(rows, seed):
+    """Move a seeded tenth of the training rows to each of test and validation where there is none, and say so."""
+    train = [row for row in rows if row["split"] == "train"]
+    total = len(train)
+    present = {row["split"] for row in rows}
+    for name in ("validation", "test"):
+        if name in present or len(train) < 2:
+            continue
+        count = max(1, round(total * SHARE_SET_ASIDE))
+        order = np.random.default_rng(seed).permutation(len(train))
+        for row in order[:count]:
+            train[row]["split"] = name
+        logger.warning(
+            "No %s split is distributed: %d of %d training images are set aside for it (seed %d).",
+            name, count, total, seed,
+        )  # fmt: skip
+        train = [row for row in train if row["split"] == "train"]
 
 
-@dataclass
-class CaptionFolderConfig(datasets.BuilderConfig):
-    """`sources` is the fingerprint of the rows: part of the cache's key, which the library would not make of it."""
-
-    sources: str = ""
-
-
-class CaptionFolderBuilder(datasets.GeneratorBasedBuilder):
-    """Rows read from a distributed folder. Images stay where they are, referred to by absolute path."""
-
-    BUILDER_CONFIG_CLASS = CaptionFolderConfig
-    rows: list[dict]
-
-    def _info(self):
-        return datasets.DatasetInfo(features=datasets.Features(FEATURES))
-
-    def _split_generators(self, dl_manager):
-        present = {row["split"] for row in self.rows}
-        names = [name for name in ("train", "validation", "test") if name in present]
-        return [datasets.SplitGenerator(name=name, gen_kwargs={"split": name}) for name in names]
-
-    def _generate_examples(self, split):
-        for key, row in enumerate(row for row in self.rows if row["split"] == split):
-            yield key, {"image": str(row["path"]), "filename": row["filename"], "captions": row["captions"]}
+def published_counts(name, splits):
+    """What differs from the published counts of a named benchmark; nothing for other names."""
+    if name not in BENCHMARKS:
+        return []
+    found = (
+        sum(map(len, splits.values())),
+        sum(len(of_one) for rows in splits.values() for of_one in rows["captions"]),
+    )
+    return [
+        f"{name}: {count:,} {what}, as published."
+        if count == published
+        else f"{name}: {count:,} {what}; {published:,} are published, {published - count:+,} are missing."
+        for what, count, published in zip(("images", "captions"), found, BENCHMARKS[name][1:], strict=True)
+    ]
 
 
-@dataclass
-class ScenesConfig(datasets.BuilderConfig):
-    """`scenes_seed` chooses the scenes."""
-
-    scenes_seed: int = SCENES_SEED
+# The command -------------------------------------------------------------------------------------------------------
 
 
-class ScenesBuilder(datasets.GeneratorBasedBuilder):
-    """Synthetic aerial scenes, drawn on the spot."""
+def save_parquet(splits, folder, *, title, bad_rows=()):
+    """Parquet shards with the images' bytes, and a dataset card: what `datasets.load_dataset(folder)` reads.
 
-    VERSION = datasets.Version("1.0.1")  # raise it when scenes change, so that no old ones come from the cache
-    BUILDER_CONFIG_CLASS = ScenesConfig
+    Returns:
+        bool: whether anything had to be written; False where the folder holds these very splits.
 
-    def _info(self):
-        return datasets.DatasetInfo(features=datasets.Features(FEATURES))
+    Raises:
+        ValueError: where the folder holds shards that this function did not write.
+    """
+    folder = Path(folder)
+    data, written_from = folder / "data", folder / ".sources"
+    key = " ".join([*splits, *(split._fingerprint for split in splits.values())])
+    if written_from.is_file() and written_from.read_text(encoding="utf-8") == key:
+        return False
+    old = sorted(data.glob("*.parquet"))
+    if old and not written_from.is_file():
+        raise ValueError(f"{data} holds parquet files of another origin, which are not written over.")
+    written_from.unlink(missing_ok=True)
+    data.mkdir(parents=True, exist_ok=True)
+    for path in old:
+        path.unlink()
+    for name, split in splits.items():
+        count = -(-len(split) // ROWS_IN_A_SHARD)
+        for number in range(count):
+            table = split.shard(count, number, contiguous=True).with_format("arrow")
+            table = table.map(embed_table_storage, batched=True, batch_size=200, keep_in_memory=True)
+            table.to_parquet(data / f"{name}-{number:05d}-of-{count:05d}.parquet", batch_size=200)
+    (folder / "README.md").write_text(dataset_card(splits, title, bad_rows), encoding="utf-8")
+    written_from.write_text(key, encoding="utf-8")
+    return True
 
-    def _split_generators(self, dl_manager):
-        starts = np.cumsum([0, *SPLITS.values()])
-        return [
-            datasets.SplitGenerator(name=name, gen_kwargs={"start": int(start), "count": count})
-            for start, (name, count) in zip(starts, SPLITS.items(), strict=False)
-        ]
 
-    def _generate_examples(self, start, count):
-        for index in range(start, start + count):
-            scene = draw_scene(self.config.scenes_seed, index)
-            encoded = io.BytesIO()
-            scene.image.save(encoded, "PNG")
-            image = {"path": None, "bytes": encoded.getvalue()}
-            yield index, {"image": image, "filename": f"scene_{index:05d}.png", "captions": scene.captions}
+def dataset_card(splits, title, bad_rows=()):
+    """The page of a prepared dataset, with the metadata that tells its splits."""
+    files = [{"split": name, "path": f"data/{name}-*"} for name in splits]
+    metadata = DatasetCardData(
+        task_categories=["image-to-text", "zero-shot-image-classification"],
+        tags=["remote-sensing", "image-text-retrieval"],
+        configs=[{"config_name": "default", "data_files": files}],
+    )
+    sizes = "\n".join(
+        f"| {name} | {len(split):,} | {sum(map(len, split['captions'])):,} |" for name, split in splits.items()
+    )
+    left_out = f"\n{len(bad_rows)} faults were left out; `bad_rows.json` lists them.\n" if bad_rows else ""
+    return str(
+        DatasetCard(
+            f"---\n{metadata.to_yaml()}\n---\n\n# {title}\n\nImages and their captions, prepared for image-text "
+            f"retrieval with IEFT.\n\n| split | images | captions |\n| --- | --- | --- |\n{sizes}\n{left_out}\n"
+            "Columns: `image`, `filename`, `captions` (a list of sentences). The licence is that of the images and "
+            "captions it was made from.\n"
+        )
+    )
+
+
+def push_folder(folder, repo_id, *, private=None):
+    """A folder of `save_parquet` as one commit on the Hub: the URL of the commit."""
+    api = HfApi()
+    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+    allowed = ["data/*.parquet", "README.md", "bad_rows.json"]
+    commit = api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder, allow_patterns=allowed)
+    return commit.commit_url
+
+
+def main(arguments=None):
+    """Read, check, write, push; 0, or 1 with the reason on the screen."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name_or_path", help="scenes, a benchmark's name, a folder, file or archive, or user/name")
+    parser.add_argument("--data_dir", help="the distributed folder, zip or tar of a named benchmark")
+    parser.add_argument("--output_dir", required=True, help="parquet shards, dataset card and bad_rows.json go here")
+    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="also push them there")
+    parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
+    parser.add_argument("--image_column")
+    parser.add_argument("--caption_column")
+    parser.add_argument("--on_bad_rows", default="stop", choices=ON_BAD_ROWS)
+    parser.add_argument("--seed", type=int, default=0, help="draws the splits that are not distributed")
+    parser.add_argument("--num_proc", type=int, help="images read at once; all CPU cores")
+    parser.add_argument("--cache_dir")
+    args = vars(parser.parse_args(arguments))
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        prepare(**args)
+    except BadRowsError as error:
+        print(f"{error}\nListed in {save_bad_rows(error.bad_rows, args['output_dir'])}.", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+    else:
+        return 0
+    return 1
+
+
+def prepare(name_or_path, data_dir, *, output_dir, push_to_hub=None, private=None, **options):
+    """What the command does; arguments as its options."""
+    splits, bad_rows = load_and_check(name_or_path, data_dir, **options)
+    save_bad_rows(bad_rows, output_dir)
+    title = (push_to_hub or Path(name_or_path).name).split("/")[-1]
+    written = save_parquet(splits, output_dir, title=title, bad_rows=bad_rows)
+    for name, split in splits.items():
+        print(f"{name}: {len(split):,} images, {sum(map(len, split['captions'])):,} captions")
+    for line in published_counts(name_or_path, splits):
+        print(line)
+    print(f"{len(bad_rows)} bad rows; {output_dir} {'written' if written else 'holds these splits already'}")
+    if push_to_hub:
+        print(f"Pushed: {push_folder(output_dir, push_to_hub, private=private)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

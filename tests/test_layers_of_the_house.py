@@ -19,6 +19,11 @@ LAYERS = {
     "ieft.batches": 2,
     "ieft.report": 2,
     "ieft.trainer": 2,
+    "ieft.archives": 0,
+    "ieft.bad_rows": 0,
+    "ieft.builders": 1,
+    "ieft.downloads": 0,
+    "ieft.sources": 1,
     "prepare_datasets": 2,
 }
 TOP_LAYER = 3  # the root commands, benchmarks, the `evaluate` module, the package's lazy front

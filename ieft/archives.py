@@ -1,0 +1,131 @@
+"""Zip and tar archives, opened without trusting them.
+
+In: an archive and a folder. Out: its plain files in that folder, or the bytes of a tar's members without unpacking.
+Nothing is written outside the folder, no link or device is made, and sizes are limited while reading, since the sizes
+that an archive states of itself prove nothing. It knows nothing of datasets.
+"""
+
+import shutil
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much an archive may hold: members, bytes of one file, bytes in all."""
+
+    members: int = 2_000_000
+    file_bytes: int = 8 * 2**30
+    total_bytes: int = 256 * 2**30
+
+
+class UnsafeArchiveError(ValueError):
+    """An archive that reaches outside its folder, holds links, or is larger than allowed; nothing of it is kept."""
+
+
+def is_archive(path):
+    """Whether a file's name is that of an archive."""
+    return str(path).lower().endswith(ARCHIVE_ENDINGS)
+
+
+def extract(archive, target, *, limits=None):
+    """Unpack an archive into a folder that does not exist yet; where it fails, no folder is left.
+
+    Returns:
+        int: how many files were written.
+
+    Raises:
+        UnsafeArchiveError: for a member outside the folder, a link, a device, or more than `limits` allow.
+        ValueError: where the file is no archive, or a damaged one.
+    """
+    archive, target = Path(archive), Path(target)
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        count = _extract_members(archive, partial, limits or Limits())
+        partial.rename(target)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{archive} cannot be unpacked: {error}. Download it again, or unpack it by hand.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return count
+
+
+def _extract_members(archive, folder, limits):
+    left = limits.total_bytes
+    count = 0
+    for name, opened in _members(archive, limits):
+        path = _inside(folder, name, archive)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        left -= _copy(opened, path, min(left, limits.file_bytes), archive)
+        count += 1
+    return count
+
+
+def _members(archive, limits):
+    """Name and open file of each plain file; folders are made where files need them."""
+    if archive.name.lower().endswith(".zip"):
+        with zipfile.ZipFile(archive) as opened:
+            members = opened.infolist()
+            _check_count(len(members), limits, archive)
+            for member in members:
+                if (member.external_attr >> 16) & 0o170000 == 0o120000:
+                    raise UnsafeArchiveError(f"{archive} holds a link, {member.filename!r}, and was not unpacked.")
+                if not member.is_dir():
+                    with opened.open(member) as file:
+                        yield member.filename, file
+    else:
+        with tarfile.open(archive) as opened:
+            for count, member in enumerate(opened, start=1):
+                _check_count(count, limits, archive)
+                if member.isfile():
+                    yield member.name, opened.extractfile(member)
+                elif not member.isdir():
+                    raise UnsafeArchiveError(
+                        f"{archive} holds a link or device, {member.name!r}, and was not unpacked."
+                    )
+
+
+def _check_count(count, limits, archive):
+    if count > limits.members:
+        raise UnsafeArchiveError(f"{archive} holds more than {limits.members:,} members, and was not unpacked.")
+
+
+def _inside(folder, name, archive):
+    """Where a member goes; both kinds of slash part folders, as they do on some system."""
+    parts = PurePosixPath(name.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or ":" in name or not parts.parts or "\0" in name:
+        raise UnsafeArchiveError(f"{archive} holds {name!r}, a path outside its folder, and was not unpacked.")
+    path = folder.joinpath(*parts.parts)
+    if path.exists():
+        raise UnsafeArchiveError(f"{archive} holds {name!r} twice, and was not unpacked.")
+    return path
+
+
+def _copy(opened, path, limit, archive):
+    size = 0
+    with path.open("xb") as file:
+        while chunk := opened.read(CHUNK):
+            size += len(chunk)
+            if size > limit:
+                raise UnsafeArchiveError(
+                    f"{archive} unpacks to more than is allowed ({limit:,} bytes left at {path.name!r}), and was not "
+                    "unpacked."
+                )
+            file.write(chunk)
+    return size
+
+
+def tar_members(archive):
+    """Where each plain file of an uncompressed tar lies in it: a list of (name, offset, size). Nothing is unpacked."""
+    try:
+        with tarfile.open(archive, "r:") as opened:
+            return [(member.name, member.offset_data, member.size) for member in opened if member.isfile()]
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(f"{archive} is not a tar that can be read without unpacking: {error}.") from error

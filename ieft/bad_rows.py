@@ -1,0 +1,139 @@
+"""Which rows of a collection cannot be used, and why.
+
+In: rows of filename, split, captions and image. Out: the usable rows, and each fault by row, reason and remedy. It
+knows nothing of where rows come from, and changes none of them on disk.
+"""
+
+import json
+import unicodedata
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+MAX_WORDS = 1000  # a hundred times a caption; the network reads some forty
+SHOWN = 10
+BLANK = "a blank caption"
+PUNCTUATION = "a caption of punctuation only"
+CONTROL = "a caption with control characters"
+NOT_TEXT = "a caption that is not text"
+TOO_LONG = f"a caption of more than {MAX_WORDS:,} words"
+NO_CAPTIONS = "no captions"
+NAMED_TWICE = "named before"
+TWO_SPLITS = "named before in another split"
+MISSING = "no such image file"
+UNREADABLE = "unreadable image"
+NOT_FETCHED = "cannot be downloaded"
+# What to do, by the beginning of the reason.
+REMEDIES = {
+    BLANK: "write the caption, or delete it",
+    PUNCTUATION: "write the caption, or delete it",
+    CONTROL: "save the annotations as UTF-8 text without control characters",
+    NOT_TEXT: "captions must be strings, or lists of strings",
+    TOO_LONG: "one caption is one sentence: look for captions run together",
+    NO_CAPTIONS: "write captions for the image, or leave it out of the annotations",
+    TWO_SPLITS: "keep the image in one split, since it would be tested on what was trained on",
+    NAMED_TWICE: "put all captions of an image into one entry",
+    MISSING: "annotations and images must come from one source (RSICD is in circulation under two naming schemes)",
+    UNREADABLE: "download or export the image again",
+    NOT_FETCHED: "check the URL, or fetch the image by hand and name the file",
+    "": "look at the image",
+}
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """One fault. `row` counts from 0 in the order of the annotations; `dropped` is the caption or the whole image."""
+
+    row: int
+    filename: str
+    split: str
+    reason: str
+    dropped: str
+    remedy: str
+
+
+class BadRowsError(ValueError):
+    """Rows that cannot be used, in `bad_rows`, each with its reason; nothing was prepared."""
+
+    def __init__(self, bad_rows, source):
+        super().__init__(describe(bad_rows, source, shown=len(bad_rows)))
+        self.bad_rows = bad_rows
+
+
+def check_captions(captions):
+    """The captions that can be used, stripped, and a reason for each of the others."""
+    usable, reasons = [], []
+    for caption in captions:
+        reason = caption_fault(caption)
+        if reason:
+            reasons.append(reason)
+        else:
+            usable.append(caption.strip())
+    return usable, reasons if captions else [NO_CAPTIONS]
+
+
+def caption_fault(caption):
+    """Why a caption cannot be used, or None."""
+    if not isinstance(caption, str):
+        return f"{NOT_TEXT}: {str(caption)[:60]!r}"
+    if not caption.strip():
+        return BLANK
+    if any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\n\r" for letter in caption):
+        return f"{CONTROL}: {caption[:60]!r}"
+    if not any(letter.isalnum() for letter in caption):
+        return f"{PUNCTUATION}: {caption.strip()[:60]!r}"
+    words = len(caption.split())
+    return f"{TOO_LONG}: {words:,}" if words > MAX_WORDS else None
+
+
+def usable_rows(rows, image_reasons):
+    """Rows whose image and at least one caption can be used, and all faults.
+
+    Args:
+        rows: dicts with `filename`, `split`, `captions`.
+        image_reasons: row number -> why its image cannot be used.
+    """
+    usable, bad, splits = [], [], {}
+    for number, row in enumerate(rows):
+        captions, caption_reasons = check_captions(row["captions"])
+        image_reason = image_reasons.get(number) or _named_before(row, splits)
+        dropped = "caption" if captions else "image and captions"
+        bad += [_bad_row(number, row, reason, dropped) for reason in caption_reasons]
+        if image_reason:
+            bad.append(_bad_row(number, row, image_reason, "image and captions"))
+        elif captions:
+            usable.append(row | {"captions": captions})
+    return usable, bad
+
+
+def _named_before(row, splits):
+    """A reason where an earlier row has the same file name."""
+    if row["filename"] not in splits:
+        splits[row["filename"]] = row["split"]
+        return None
+    before = splits[row["filename"]]
+    return NAMED_TWICE if before == row["split"] else f"{TWO_SPLITS}: {before} and {row['split']}"
+
+
+def _bad_row(number, row, reason, dropped):
+    remedy = next(remedy for start, remedy in REMEDIES.items() if reason.startswith(start))
+    return BadRow(number, row["filename"], row["split"], reason, dropped, remedy)
+
+
+def describe(bad_rows, source, *, shown=SHOWN):
+    """The report: a line for each of the first `shown` faults, then counts by reason and what to do."""
+    lines = [f"{len({bad.row for bad in bad_rows})} rows of {source} cannot be used as they are:"]
+    lines += [f"  row {bad.row}, {bad.filename}: {bad.reason}" for bad in bad_rows[:shown]]
+    if len(bad_rows) > shown:
+        lines.append(f"  and {len(bad_rows) - shown} more")
+    kinds = Counter((bad.reason.split(":")[0], bad.remedy) for bad in bad_rows)
+    lines += [f"{count} x {kind}: {remedy}." for (kind, remedy), count in kinds.most_common()]
+    return "\n".join([*lines, "Mend them, or leave them out with --on_bad_rows skip."])
+
+
+def save_bad_rows(bad_rows, folder):
+    """`bad_rows.json` in a folder: a list of objects, empty where all is well."""
+    path = Path(folder) / "bad_rows.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(bad) for bad in bad_rows], indent=2) + "\n", encoding="utf-8")
+    return path

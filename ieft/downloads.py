@@ -1,0 +1,56 @@
+"""Images by URL, fetched once.
+
+In: an http or https URL and a folder. Out: a file, or the reason why there is none. It knows nothing of images.
+"""
+
+import hashlib
+import os
+import time
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+
+MAX_BYTES = 2**30
+TIMEOUT = 20  # seconds without an answer
+TOTAL_TIMEOUT = 600  # seconds for one image
+CHUNK = 2**18
+
+
+def download(url, folder, *, max_bytes=MAX_BYTES, timeout=TIMEOUT, total_timeout=TOTAL_TIMEOUT):
+    """The file of a URL, from `folder` where it was fetched before.
+
+    Returns:
+        (Path, None), or (None, reason).
+    """
+    path = Path(folder) / hashlib.sha256(url.encode()).hexdigest()
+    if path.is_file():
+        return path, None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "ieft"})
+        with urllib.request.urlopen(request, timeout=timeout) as answer, partial.open("wb") as file:
+            reason = _copy(answer, file, max_bytes, time.monotonic() + total_timeout)
+        if reason is None:
+            partial.replace(path)
+    except (urllib.error.URLError, HTTPException, OSError, ValueError) as error:
+        reason = f"cannot be downloaded: {error}"
+    finally:
+        partial.unlink(missing_ok=True)
+    return (None, reason) if reason else (path, None)
+
+
+def _copy(answer, file, max_bytes, deadline):
+    size = 0
+    while chunk := answer.read(CHUNK):
+        size += len(chunk)
+        if size > max_bytes:
+            return f"cannot be downloaded: larger than {max_bytes:,} bytes"
+        if time.monotonic() > deadline:
+            return "cannot be downloaded: too slow"
+        file.write(chunk)
+    expected = answer.headers.get("Content-Length")
+    if expected and size != int(expected):
+        return f"cannot be downloaded: {size:,} of {expected} bytes came"
+    return None
