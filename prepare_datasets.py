@@ -91,7 +91,7 @@ def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_co
         columns = {"image_column": image_column, "caption_column": caption_column}
         name, source = find_source(str(name_or_path), data_dir, columns, kept)
         rows, bad = check_rows(source, on_bad_rows, kept, num_proc)
-        carve_missing_splits(rows, seed)
+        carve_missing_splits(rows, {row["split"] for row in source.rows}, seed)
         config_name = re.sub(r"[^\w.-]", "-", name)
         builder = CaptionRowsBuilder(config_name=config_name, sources=fingerprint(rows), cache_dir=cache_dir)
         builder.rows = rows
@@ -174,8 +174,8 @@ def check_rows(source, on_bad_rows, kept, num_proc):
     Raises:
         BadRowsError: with `on_bad_rows` "stop", where there are faults; or where no row is left.
     """
-    reasons = fetch_urls(source.rows, kept, num_proc)
-    reasons |= image_faults(source.rows, kept, num_proc)
+    not_fetched = fetch_urls(source.rows, kept, num_proc)
+    reasons = image_faults(source.rows, kept, num_proc) | not_fetched
     rows, bad = usable_rows(source.rows, reasons)
     if bad and (on_bad_rows == "stop" or not rows):
         raise BadRowsError(bad, source.annotations)
@@ -250,13 +250,17 @@ def fingerprint(rows):
     return digest.hexdigest()
 
 
-def carve_missing_splits(rows, seed):
-    """Move a seeded tenth of the training rows to each of test and validation where there is none, and say so."""
+def carve_missing_splits(rows, distributed, seed):
+    """Move a seeded tenth of the training rows to each of test and validation that is not distributed, and say so.
+
+    A split that is distributed, and of which no row can be used, is not replaced.
+    """
     train = [row for row in rows if row["split"] == "train"]
     total = len(train)
-    present = {row["split"] for row in rows}
+    for name in sorted(distributed - {row["split"] for row in rows}):
+        logger.warning("No row of the %s split can be used: there is no such split.", name)
     for name in ("validation", "test"):
-        if name in present or len(train) < 2:
+        if name in distributed or len(train) < 2:
             continue
         count = max(1, round(total * SHARE_SET_ASIDE))
         order = np.random.default_rng(seed).permutation(len(train))
@@ -280,7 +284,7 @@ def published_counts(name, splits):
     return [
         f"{name}: {count:,} {what}, as published."
         if count == published
-        else f"{name}: {count:,} {what}; {published:,} are published, {published - count:+,} are missing."
+        else f"{name}: {count:,} {what}; {published:,} are published: {count - published:+,}."
         for what, count, published in zip(("images", "captions"), found, BENCHMARKS[name][1:], strict=True)
     ]
 

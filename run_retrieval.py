@@ -9,6 +9,7 @@ also stand in a JSON file, given as the only argument. How a network works and w
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import sys
@@ -23,13 +24,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_ieft import IeftConfig
 from convert_checkpoint import load_any_checkpoint
+from ieft.bad_rows import BadRowsError, save_bad_rows
 from ieft.batches import EvaluationSet, TrainingItems, learn_tokenizer
 from ieft.hub import push_folder, write_model_card
 from ieft.report import ranked_sheet, recall_table, training_curves
 from ieft.trainer import IeftTrainer, IeftTrainingArguments
 from modeling_ieft import IeftForImageTextRetrieval
-from prepare_datasets import load_retrieval_dataset
-from processing_ieft import IeftImageProcessor, IeftProcessor
+from prepare_datasets import load_and_check
+from processing_ieft import IeftImageProcessor, IeftProcessor, to_rgb
 
 logger = logging.getLogger("run_retrieval")
 
@@ -114,9 +116,21 @@ class DataArguments:
     """Which images and captions."""
 
     dataset_name: str = field(
-        default="scenes", metadata={"help": "scenes, rsicd, rsitmd, ucm, sydney, or a folder in their format."}
+        default="scenes",
+        metadata={"help": "scenes, rsicd, rsitmd, ucm, sydney, nwpu, a folder, file or archive, or user/name."},
     )
-    data_dir: str | None = field(default=None, metadata={"help": "The distributed folder of a named dataset."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "The distributed folder, zip or tar of a named dataset."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Where tables and Hub datasets hold images."})
+    caption_column: str | None = field(default=None, metadata={"help": "Where tables and Hub datasets hold captions."})
+    eval_datasets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Also rank the test split of each of these, without images that the model was trained on. A name "
+            "with its folder is written rsicd=FOLDER."
+        },
+    )
     protocol: str = field(
         default="clean",
         metadata={
@@ -148,7 +162,8 @@ def main(arguments=None):
     set_up_logging(args)
     set_seed(args.seed)
     with args.main_process_first(desc="preparing the dataset"):
-        splits = load_splits(data_args, args)
+        splits, bad_rows = load_splits(data_args, args)
+        others = load_others(data_args, splits)
     model, processor = load_model(model_args, args, splits["train"]["captions"])
     trainer = make_trainer(model, processor, splits, args)
     if args.do_train:
@@ -157,7 +172,9 @@ def main(arguments=None):
     trainer.save_model()
     if args.do_eval:
         save_results(trainer, "eval", trainer.evaluate(), data_args)
-    results = predict(trainer, processor, splits["test"], data_args) if args.do_predict else None
+    results = predict(trainer, processor, splits["test"], data_args, len(bad_rows)) if args.do_predict else None
+    if args.do_predict and others:
+        results["eval_datasets"] = rank_others(trainer, processor, others, data_args)
     if trainer.is_world_process_zero():
         shown = {name: getattr(args, name) for name in SHOWN_ON_THE_CARD}
         options = {"repo_id": args.hub_model_id, "base_model": model_args.model_name_or_path}
@@ -209,10 +226,19 @@ def set_up_logging(args):
 
 
 def load_splits(data_args, args):
-    """Train, validation and test as the protocol has them, cut to the sizes asked for."""
-    splits = load_retrieval_dataset(
-        data_args.dataset_name, data_args.data_dir, seed=args.seed, on_bad_rows=data_args.on_bad_rows
-    )
+    """Train, validation and test as the protocol has them, cut to the sizes asked for; and the rows left out, which
+    `bad_rows.json` lists."""
+    options = {name: getattr(data_args, name) for name in ("image_column", "caption_column", "on_bad_rows")}
+    try:
+        splits, bad_rows = load_and_check(data_args.dataset_name, data_args.data_dir, seed=args.seed, **options)
+    except BadRowsError as error:
+        save_bad_rows(error.bad_rows, args.output_dir)
+        raise
+    if args.should_save:
+        save_bad_rows(bad_rows, args.output_dir)
+    missing = {"train", "validation", "test"} - set(splits)
+    if missing:
+        raise ValueError(f"{data_args.dataset_name} has no usable row in its {', '.join(sorted(missing))} split.")
     if data_args.protocol == "published":
         splits["train"] = concatenate_datasets([splits["train"], splits["validation"]])
         splits["validation"] = splits["test"]
@@ -224,7 +250,60 @@ def load_splits(data_args, args):
     for name, size in sizes.items():
         if size is not None:
             splits[name] = splits[name].select(range(min(size, len(splits[name]))))
-    return splits
+    return splits, bad_rows
+
+
+def load_others(data_args, splits):
+    """Name -> test split of each of `eval_datasets`, and how many of its images were trained or chosen on, left out.
+
+    Images are the same if all their pixels are, however they are stored.
+    """
+    if not data_args.eval_datasets:
+        return {}
+    seen = {key for name in ("train", "validation") for key in map(pixel_hash, iterate_images(splits[name]))}
+    others = {}
+    for wish in data_args.eval_datasets:
+        name, _, folder = wish.partition("=")
+        own = {"seed": 0, "on_bad_rows": data_args.on_bad_rows}
+        loaded, bad_rows = load_and_check(name, folder or None, **own)
+        if "test" not in loaded:
+            raise ValueError(f"--eval_datasets {name}: it has no usable row in its test split.")
+        test = loaded["test"]
+        kept = [row for row, image in enumerate(iterate_images(test)) if pixel_hash(image) not in seen]
+        if not kept:
+            raise ValueError(
+                f"--eval_datasets {name}: the model was trained on all {len(test)} images of its test split."
+            )
+        counts = {"removed_overlap": len(test) - len(kept), "bad_rows": len(bad_rows)}
+        others[name] = (test.select(kept), counts)
+    return others
+
+
+def iterate_images(split):
+    """The images of a split, one after another."""
+    return (row["image"] for row in split.select_columns(["image"]))
+
+
+def pixel_hash(image):
+    """A hash of an image's size and RGB pixels."""
+    rgb = to_rgb(image)
+    return hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).digest()
+
+
+def rank_others(trainer, processor, others, data_args):
+    """Recalls on each of the other datasets, in `eval_datasets.json` and as tables on the screen."""
+    results = {}
+    for name, (test, counts) in others.items():
+        evaluation_set = EvaluationSet.from_split(test, processor)
+        sizes = {"num_images": len(evaluation_set.images), "num_captions": len(evaluation_set.captions)} | counts
+        results[name] = trainer.recalls(evaluation_set, trainer.score(evaluation_set)) | sizes
+        results[name] |= {"protocol": data_args.protocol, "dataset": name}
+        if trainer.is_world_process_zero():
+            print(recall_table(results[name]))
+            print(f"{name}: {counts['removed_overlap']} images left out that the model was trained or chosen on.")
+    if trainer.is_world_process_zero():
+        write_json(Path(trainer.args.output_dir) / "eval_datasets.json", results)
+    return results
 
 
 def load_model(model_args, args, captions):
@@ -274,13 +353,13 @@ def find_checkpoint(args):
     return last
 
 
-def predict(trainer, processor, test, data_args):
+def predict(trainer, processor, test, data_args, num_bad_rows):
     """Rank the test split once; write its results, pictures and table."""
     evaluation_set = EvaluationSet.from_split(test, processor)
     scores = trainer.score(evaluation_set)
     sizes = {"num_images": len(evaluation_set.images), "num_captions": len(evaluation_set.captions)}
     results = trainer.recalls(evaluation_set, scores) | sizes
-    results |= {"protocol": data_args.protocol, "dataset": data_args.dataset_name}
+    results |= {"protocol": data_args.protocol, "dataset": data_args.dataset_name, "bad_rows": num_bad_rows}
     save_results(trainer, "test", {f"test_{name}": value for name, value in results.items()}, data_args)
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)

@@ -47,9 +47,16 @@ def keep_unique_captions(captions_per_image):
 
     Returns:
         captions (C sentences), caption_image (C,) the image of each, caption_text_id (C,) equal for equal sentences.
+
+    Raises:
+        ValueError: where the captions of an image are one string, which would be taken letter by letter.
     """
     captions, caption_image, ids = [], [], {}
     for image, sentences in enumerate(captions_per_image):
+        if isinstance(sentences, str):
+            raise ValueError(
+                f"A list of sentences expected for each image; image {image} has a string: {sentences!r}."
+            )
         unique = dict.fromkeys(sentence.strip() for sentence in sentences)
         captions += unique
         caption_image += [image] * len(unique)

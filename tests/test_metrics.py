@@ -149,3 +149,8 @@ def test_unique_captions():
     assert captions == ["a b .", "c .", "c .", "d ."]
     assert caption_image.tolist() == [0, 0, 2, 2]
     assert text_ids.tolist() == [0, 1, 1, 2]
+
+
+def test_a_string_in_place_of_a_list_is_not_taken_letter_by_letter():
+    with pytest.raises(ValueError, match="image 1 has a string: 'a river .'"):
+        keep_unique_captions([["a field ."], "a river ."])

@@ -11,7 +11,9 @@ from hub_server import running_hub
 from PIL import Image
 
 import run_retrieval
+from ieft.bad_rows import BadRowsError
 from modeling_ieft import IeftForImageTextRetrieval
+from prepare_datasets import load_retrieval_dataset
 from processing_ieft import IeftProcessor
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +119,35 @@ def test_push_to_hub_is_one_flag(trained, tmp_path):
     assert "model-index" in files["README.md"].decode() and not any(name.startswith("checkpoint") for name in files)
 
 
+def test_other_datasets_are_ranked_without_the_images_trained_on(trained, tmp_path):
+    """One collection of five test images: three that the scenes' training split holds, re-encoded, and two new."""
+    scenes = load_retrieval_dataset("scenes")
+    pictures = [scenes["train"][row]["image"] for row in range(3)] + [scenes["test"][row]["image"] for row in (60, 61)]
+    records = []
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{number}.bmp")
+        records.append({"image": f"{number}.bmp", "captions": [f"a field {number} ."], "split": "test"})
+    records += [{"image": "0.bmp", "captions": [" "], "split": "test"}]
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, records)))
+    arguments = [*SMALL, "--do_predict", "--model_name_or_path", str(trained[0]), "--on_bad_rows", "skip",
+                 "--output_dir", str(tmp_path / "out"), "--eval_datasets", str(tmp_path / "other.jsonl")]  # fmt: skip
+    results = run_retrieval.main(arguments)["eval_datasets"][str(tmp_path / "other.jsonl")]
+    assert (results["num_images"], results["removed_overlap"], results["bad_rows"]) == (2, 3, 2)
+    assert read(tmp_path / "out", "eval_datasets.json")[str(tmp_path / "other.jsonl")] == results
+    assert (
+        read(tmp_path / "out", "bad_rows.json") == [] and read(tmp_path / "out", "test_results.json")["bad_rows"] == 0
+    )
+
+
+def test_bad_rows_stop_a_run_before_training_and_are_listed(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "gone.png", "captions": ["a field ."]}))
+    with pytest.raises(BadRowsError, match="gone.png: no such image file"):
+        run_retrieval.main(
+            ["--use_cpu", "--dataset_name", str(tmp_path / "a.jsonl"), "--output_dir", str(tmp_path / "o")]
+        )
+    assert read(tmp_path / "o", "bad_rows.json")[0]["filename"] == "gone.png"
+
+
 # Arguments -----------------------------------------------------------------------------------------------------------
 
 
@@ -147,11 +178,13 @@ def test_published_epochs_and_batches(name, epochs, batch):
     assert (args.num_train_epochs, args.per_device_train_batch_size) == (epochs, batch)
 
 
-def test_the_published_protocol_trains_on_validation_and_chooses_on_test():
-    _, data_args, args = run_retrieval.parse_arguments(["--use_cpu", "--protocol", "published"])
-    published = run_retrieval.load_splits(data_args, args)
+def test_the_published_protocol_trains_on_validation_and_chooses_on_test(tmp_path):
+    _, data_args, args = run_retrieval.parse_arguments(
+        ["--use_cpu", "--protocol", "published", "--output_dir", str(tmp_path)]
+    )
+    published, _ = run_retrieval.load_splits(data_args, args)
     data_args.protocol = "clean"
-    clean = run_retrieval.load_splits(data_args, args)
+    clean, _ = run_retrieval.load_splits(data_args, args)
     assert len(published["train"]) == len(clean["train"]) + len(clean["validation"]) == 1100
     assert list(published["validation"]["filename"]) == list(clean["test"]["filename"])
     assert set(clean["test"]["filename"]).isdisjoint([*clean["train"]["filename"], *clean["validation"]["filename"]])
