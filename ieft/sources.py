@@ -68,13 +68,13 @@ def read_source(path, name, *, image_column=None, caption_column=None):
     tables = [each for each in tables if each.suffix.lower() in TABLE_ENDINGS]
     if tables:
         return join_sources(path, [read_table(each, columns) for each in tables])
+    parquet = sorted(path.glob("data/*.parquet"))
+    if parquet:
+        return join_sources(path, [read_table(each, columns) for each in parquet])
     for endings in ((".arrow",), (".tar",), (".json",), TABLE_ENDINGS):
         found = [each for lower, each in files.items() if lower.endswith(endings)]
         if found:
             return join_sources(path, [read_file(each, columns, path) for each in found])
-    parquet = sorted(path.glob("data/*.parquet"))
-    if parquet:
-        return join_sources(path, [read_table(each, columns) for each in parquet])
     raise ValueError(
         f"{path} holds no annotation file: expected one of {', '.join(ANNOTATION_NAMES).format(name=name)}, "
         "metadata.csv or metadata.jsonl, captions of COCO, tables, tars of a WebDataset or arrow files; found "

@@ -11,7 +11,7 @@ import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 USER = "someone"
 FILE_NAMES_FOR_LFS = (".safetensors", ".bin", ".parquet", ".png")
@@ -43,6 +43,14 @@ class Hub:
         if revision == "main":
             return self.commits[name][-1][1]
         return dict(self.commits[name]).get(revision)
+
+
+def describe_path(path, files):
+    """One entry of a tree: a file, or a folder where no file has that path."""
+    oid = hashlib.sha1(files.get(path, path.encode())).hexdigest()
+    if path in files:
+        return {"type": "file", "path": path, "size": len(files[path]), "oid": oid}
+    return {"type": "directory", "path": path, "oid": oid}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -163,12 +171,22 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in self.hub.files(name, sha)]
         self.send_json({"id": name, "modelId": name, "sha": sha, "siblings": siblings, "tags": [], "private": False})
 
-    def tree(self, name, revision):
-        entries = [
-            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            for path, content in self.hub.files(name, revision).items()
-        ]
-        self.send_json(entries)
+    def tree(self, name, revision, folder=None):
+        """What lies in a folder, and with `recursive` all below it."""
+        files = self.hub.files(name, revision)
+        start = f"{folder}/" if folder else ""
+        below = [path for path in files if path.startswith(start)]
+        if folder and not below:
+            return self.send_error_code(404, "EntryNotFound", "no such folder")
+        if "recursive=true" not in self.path.lower():
+            below = {start + path[len(start) :].split("/")[0] for path in below}
+        self.send_json([describe_path(path, files) for path in sorted(below)])
+
+    def paths_info(self, name, revision):
+        wish = parse_qs(self.body.decode())["paths"] if b"paths=" in self.body else json.loads(self.body)["paths"]
+        files = self.hub.files(name, revision)
+        known = [path for path in wish if path in files or any(each.startswith(f"{path}/") for each in files)]
+        self.send_json([describe_path(path, files) for path in known])
 
     def resolve(self, name, revision, path):
         if name not in self.hub.commits:
@@ -180,19 +198,21 @@ class Handler(BaseHTTPRequestHandler):
         self.send(content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=sha)
 
 
+KIND = r"(?:models|datasets)"
 NAME = r"(?P<name>[^/]+/[^/]+?)"
 ROUTES = [
     ("GET", r"/api/whoami-v2", Handler.whoami),
     ("POST", r"/api/repos/create", Handler.create),
     ("POST", r"/api/validate-yaml", Handler.validate_yaml),
-    ("POST", rf"/api/models/{NAME}/preupload/[^/]+", Handler.preupload),
-    ("POST", rf"/api/models/{NAME}/commit/[^/]+", Handler.commit),
-    ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", Handler.lfs_batch),
+    ("POST", rf"/api/{KIND}/{NAME}/preupload/[^/]+", Handler.preupload),
+    ("POST", rf"/api/{KIND}/{NAME}/commit/[^/]+", Handler.commit),
+    ("POST", rf"/(?:datasets/)?{NAME}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", r"/uploads/(?P<oid>[0-9a-f]+)", Handler.upload),
-    ("GET", rf"/api/models/{NAME}", Handler.describe),
-    ("GET", rf"/api/models/{NAME}/revision/(?P<revision>[^/]+)", Handler.describe),
-    ("GET", rf"/api/models/{NAME}/tree/(?P<revision>[^/]+)", Handler.tree),
-    (("GET", "HEAD"), rf"/{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
+    ("GET", rf"/api/{KIND}/{NAME}", Handler.describe),
+    ("GET", rf"/api/{KIND}/{NAME}/revision/(?P<revision>[^/]+)", Handler.describe),
+    ("GET", rf"/api/{KIND}/{NAME}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", Handler.tree),
+    ("POST", rf"/api/{KIND}/{NAME}/paths-info/(?P<revision>[^/]+)", Handler.paths_info),
+    (("GET", "HEAD"), rf"/(?:datasets/)?{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
 ]
 
 

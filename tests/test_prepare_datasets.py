@@ -2,12 +2,22 @@
 
 import json
 import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+from hub_server import running_hub
+from huggingface_hub import DatasetCard
 from PIL import Image
 
-from prepare_datasets import BadRowsError, load_retrieval_dataset
+from prepare_datasets import BadRowsError, load_retrieval_dataset, main, published_counts
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -185,3 +195,104 @@ def test_a_folder_without_annotations_names_what_was_expected(tmp_path):
         load_retrieval_dataset(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="stop, skip"):
         load_retrieval_dataset("scenes", on_bad_rows="ignore")
+
+
+# The command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_shards_that_the_library_reads_back(tmp_path, capsys, monkeypatch):
+    write_folder(tmp_path / "data")
+    command = [str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"), "--num_proc", "2"]
+    monkeypatch.setattr("prepare_datasets.ROWS_IN_A_SHARD", 4)
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "train: 10 images, 50 captions" in printed and "0 bad rows" in printed and "written" in printed
+    shutil.move(tmp_path / "data", tmp_path / "moved")  # the shards hold the images
+    read = datasets.load_dataset(str(tmp_path / "out"))
+    shutil.move(tmp_path / "moved", tmp_path / "data")
+    splits = load_retrieval_dataset(str(tmp_path / "data"))
+    assert set(read) == set(splits) and len(list((tmp_path / "out" / "data").glob("test-*-of-00003.parquet"))) == 3
+    for name, split in splits.items():
+        assert read[name]["filename"] == split["filename"] and read[name]["captions"] == split["captions"]
+        for ours, theirs in zip(read[name], split, strict=True):
+            assert np.array_equal(np.asarray(ours["image"]), np.asarray(theirs["image"]))
+    assert main(command) == 0 and "holds these splits already" in capsys.readouterr().out
+    again = load_retrieval_dataset(str(tmp_path / "out"))  # what was prepared is a source itself
+    assert again["test"]["captions"] == splits["test"]["captions"]
+
+
+def test_the_command_ends_with_the_report_and_no_traceback(tmp_path, capsys):
+    entries = write_folder(tmp_path / "data")
+    break_missing(tmp_path / "data", entries)
+    assert main([str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]) == 1
+    assert "row 0, train_0.jpg: no such image file" in capsys.readouterr().err
+    listed = json.loads((tmp_path / "out" / "bad_rows.json").read_text())
+    assert [row["filename"] for row in listed] == ["train_0.jpg"] and not (tmp_path / "out" / "data").exists()
+    assert main([str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "out")]) == 1
+    assert "an existing folder or file" in capsys.readouterr().err
+    foreign = tmp_path / "foreign" / "data"
+    foreign.mkdir(parents=True)
+    (foreign / "train.parquet").write_bytes(b"precious")
+    options = ["--on_bad_rows", "skip", "--output_dir", str(tmp_path / "foreign")]
+    assert main([str(tmp_path / "data"), *options]) == 1
+    assert (foreign / "train.parquet").read_bytes() == b"precious"
+
+
+def test_counts_are_compared_with_the_published_ones(tmp_path):
+    write_folder(tmp_path / "data")
+    lines = published_counts("sydney", load_retrieval_dataset("sydney", tmp_path / "data"))
+    assert lines == [
+        "sydney: 30 images; 613 are published: -583.",
+        "sydney: 150 captions; 3,065 are published: -2,915.",
+    ]
+
+
+def test_checked_images_are_not_decoded_again_until_one_changes(tmp_path, monkeypatch):
+    write_folder(tmp_path / "data")
+    load_retrieval_dataset(str(tmp_path / "data"))
+    decoded = []
+    monkeypatch.setattr("prepare_datasets.image_fault", decoded.append)
+    load_retrieval_dataset(str(tmp_path / "data"))
+    assert decoded == []
+    (tmp_path / "data" / "images" / "test_0.jpg").write_bytes(b"")
+    load_retrieval_dataset(str(tmp_path / "data"))
+    assert len(decoded) == 30
+
+
+def test_a_split_whose_rows_are_all_bad_is_not_replaced_by_training_images(tmp_path, caplog):
+    entries = write_folder(tmp_path / "data")
+    for entry in entries:
+        if entry["split"] == "test":
+            entry["sentences"] = []
+    rewrite(tmp_path / "data", entries)
+    splits = load_retrieval_dataset(str(tmp_path / "data"), on_bad_rows="skip")
+    assert {name: len(split) for name, split in splits.items()} == {"train": 10, "validation": 10}
+    assert "No row of the test split can be used" in caplog.text
+
+
+PUSH_AND_LOAD = """
+import sys
+from prepare_datasets import load_retrieval_dataset, main
+assert main([sys.argv[1], "--output_dir", "out", "--push_to_hub", "someone/fields"]) == 0
+splits = load_retrieval_dataset("someone/fields")
+print({name: (len(split), split[3]["filename"], split[3]["image"].size) for name, split in splits.items()})
+"""
+
+
+def test_a_push_to_the_hub_comes_back_by_its_name(tmp_path):
+    write_folder(tmp_path / "data")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    with running_hub() as (address, hub):
+        environment |= {"HF_ENDPOINT": address, "HF_TOKEN": "anything", "HF_HOME": str(tmp_path / "home")}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        command = [sys.executable, "-c", PUSH_AND_LOAD, str(tmp_path / "data")]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = hub.files("someone/fields")
+    assert f"Pushed: {address}/" in done.stdout
+    expected = {name: (10, f"{short}_3.jpg", (24, 20))
+                for name, short in (("train", "train"), ("validation", "val"), ("test", "test"))}  # fmt: skip
+    assert done.stdout.strip().splitlines()[-1] == str(expected)
+    card = DatasetCard(files["README.md"].decode())
+    assert card.data.configs[0]["data_files"][2] == {"split": "test", "path": "data/test-*"}
+    assert "| train | 10 | 50 |" in card.text and "remote-sensing" in card.data.tags
