@@ -32,6 +32,7 @@ from ieft.bad_rows import MISSING, UNREADABLE, BadRowsError, describe, save_bad_
 from ieft.builders import SCENES_SEED, CaptionRowsBuilder, ScenesBuilder
 from ieft.downloads import download
 from ieft.sources import IMAGE_ENDINGS, Source, read_source, read_webdataset, table_source
+from ieft.streams import stream_hub_dataset, stream_rows
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def load_retrieval_dataset(name_or_path, data_dir=None, **options):
 
 
 def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_column=None, seed=0, on_bad_rows="stop",
-                   num_proc=None, scenes_seed=SCENES_SEED, cache_dir=None):  # fmt: skip
+                   num_proc=None, scenes_seed=SCENES_SEED, cache_dir=None, streaming=False):  # fmt: skip
     """The splits as `load_retrieval_dataset`, and what was left out.
 
     Args:
@@ -78,6 +79,8 @@ def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_co
         num_proc: images read at once; None is one for each CPU core.
         scenes_seed: which synthetic scenes are drawn.
         cache_dir: where prepared splits are kept; None is the `datasets` library's own place.
+        streaming: an `IterableDatasetDict` that keeps nothing on disk and checks each image as it passes. A Hub
+            dataset's captions are checked then too, and splits that it lacks are not set aside.
 
     Returns:
         DatasetDict, and a list of `BadRow`.
@@ -89,14 +92,22 @@ def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_co
     else:
         kept = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ieft"
         columns = {"image_column": image_column, "caption_column": caption_column}
+        checks = {"image_fault": image_fault, "on_bad_rows": on_bad_rows}
+        if streaming and data_dir is None and is_hub_id(name_or_path):
+            return stream_hub_dataset(name_or_path, columns, **checks, cache_dir=str(kept / "hub")), []
         name, source = find_source(str(name_or_path), data_dir, columns, kept)
-        rows, bad = check_rows(source, on_bad_rows, kept, num_proc)
+        rows, bad = check_rows(source, on_bad_rows, kept, num_proc, decode=not streaming)
         carve_missing_splits(rows, {row["split"] for row in source.rows}, seed)
+        if streaming:
+            return stream_rows(rows, str(source.annotations), **checks), bad
         config_name = re.sub(r"[^\w.-]", "-", name)
         builder = CaptionRowsBuilder(config_name=config_name, sources=fingerprint(rows), cache_dir=cache_dir)
         builder.rows = rows
     builder.download_and_prepare()
-    return builder.as_dataset(), bad
+    splits = builder.as_dataset()
+    if streaming:  # scenes: small, and drawn in seconds
+        splits = datasets.IterableDatasetDict({name: split.to_iterable_dataset() for name, split in splits.items()})
+    return splits, bad
 
 
 # Finding a collection ------------------------------------------------------------------------------------------------
@@ -121,12 +132,17 @@ def find_source(name_or_path, data_dir, columns, kept):
                 return name, read_webdataset(path)
             path = unpack(path, kept)
         return name, read_source(path, name, **columns)
-    if data_dir is None and re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
+    if data_dir is None and is_hub_id(name_or_path):
         return name_or_path, read_hub_dataset(name_or_path, columns, kept)
     names = ", ".join(["scenes", *BENCHMARKS])
     raise ValueError(
         f"A dataset's name ({names}), an existing folder or file, or user/name expected; got {str(path)!r}."
     )
+
+
+def is_hub_id(name_or_path):
+    """Whether this is user/name, and no path that exists."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path))) and not Path(name_or_path).exists()
 
 
 def _is_webdataset(path):
@@ -168,14 +184,16 @@ def read_hub_dataset(name, columns, kept):
 # Checking ------------------------------------------------------------------------------------------------------------
 
 
-def check_rows(source, on_bad_rows, kept, num_proc):
-    """The usable rows of a source, and all faults.
+def check_rows(source, on_bad_rows, kept, num_proc, *, decode=True):
+    """The usable rows of a source, and all faults; without `decode`, images are looked for but not read.
 
     Raises:
         BadRowsError: with `on_bad_rows` "stop", where there are faults; or where no row is left.
     """
     not_fetched = fetch_urls(source.rows, kept, num_proc)
-    reasons = image_faults(source.rows, kept, num_proc) | not_fetched
+    reasons = {number: MISSING for number, row in enumerate(source.rows) if row["image"] is None} | not_fetched
+    if decode:
+        reasons = image_faults(source.rows, kept, num_proc) | reasons
     rows, bad = usable_rows(source.rows, reasons)
     if bad and (on_bad_rows == "stop" or not rows):
         raise BadRowsError(bad, source.annotations)
@@ -200,8 +218,7 @@ def fetch_urls(rows, kept, num_proc):
 
 def image_faults(rows, kept, num_proc):
     """Row number -> why its image cannot be used. Every image is decoded once; later calls read what was found."""
-    missing = {number: MISSING for number, row in enumerate(rows) if row["image"] is None}
-    present = [number for number in range(len(rows)) if number not in missing]
+    present = [number for number, row in enumerate(rows) if row["image"] is not None]
     states = [_state(rows[number]["image"]) for number in present]
     path = kept / "checked" / f"{hashlib.sha256(json.dumps(states).encode()).hexdigest()}.json"
     if path.is_file():
@@ -213,7 +230,7 @@ def image_faults(rows, kept, num_proc):
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(found), encoding="utf-8")
         partial.replace(path)
-    return missing | {number: fault for number, fault in zip(present, found, strict=True) if fault}
+    return {number: fault for number, fault in zip(present, found, strict=True) if fault}
 
 
 def image_fault(image):

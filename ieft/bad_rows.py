@@ -98,9 +98,9 @@ def usable_rows(rows, image_reasons):
         captions, caption_reasons = check_captions(row["captions"])
         image_reason = image_reasons.get(number) or _named_before(row, splits)
         dropped = "caption" if captions else "image and captions"
-        bad += [_bad_row(number, row, reason, dropped) for reason in caption_reasons]
+        bad += make_bad_rows(number, row, caption_reasons, dropped)
         if image_reason:
-            bad.append(_bad_row(number, row, image_reason, "image and captions"))
+            bad += make_bad_rows(number, row, [image_reason], "image and captions")
         elif captions:
             usable.append(row | {"captions": captions})
     return usable, bad
@@ -115,9 +115,13 @@ def _named_before(row, splits):
     return NAMED_TWICE if before == row["split"] else f"{TWO_SPLITS}: {before} and {row['split']}"
 
 
-def _bad_row(number, row, reason, dropped):
-    remedy = next(remedy for start, remedy in REMEDIES.items() if reason.startswith(start))
-    return BadRow(number, row["filename"], row["split"], reason, dropped, remedy)
+def make_bad_rows(number, row, reasons, dropped):
+    """One `BadRow` for each reason, with what to do about it."""
+    remedies = [next(remedy for start, remedy in REMEDIES.items() if reason.startswith(start)) for reason in reasons]
+    return [
+        BadRow(number, row["filename"], row["split"], reason, dropped, remedy)
+        for reason, remedy in zip(reasons, remedies, strict=True)
+    ]
 
 
 def describe(bad_rows, source, *, shown=SHOWN):

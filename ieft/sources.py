@@ -225,13 +225,16 @@ def read_table(path, columns):
     return table_source(path, records, columns)
 
 
-def table_source(path, records, columns):
-    """Rows of records. Where a record holds one caption, records of one image in one split are one row."""
+def table_source(path, records, columns, *, start=0):
+    """Rows of records, numbered from `start`.
+
+    Where a record holds one caption, records of one image in one split are one row.
+    """
     if not records or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{path} must hold records with an image and captions each; found {str(records)[:200]}.")
     image_column, caption_columns = choose_columns(path, records[0], columns)
     rows = {}
-    for position, record in enumerate(records):
+    for position, record in enumerate(records, start):
         captions = _captions(record, caption_columns)
         split = _split(record, path, position)
         image, filename = _locate(record.get(image_column), path.parent, f"{split}_{position}")

@@ -24,9 +24,10 @@ LAYERS = {
     "ieft.builders": 1,
     "ieft.downloads": 0,
     "ieft.sources": 1,
-    "prepare_datasets": 2,
+    "ieft.streams": 2,
+    "prepare_datasets": 3,
 }
-TOP_LAYER = 3  # the root commands, benchmarks, the `evaluate` module, the package's lazy front
+TOP_LAYER = 4  # the root commands, benchmarks, the `evaluate` module, the package's lazy front
 SAME_LAYER = {
     "modeling_ieft": {"configuration_ieft", "layers_ieft", "pipeline_ieft"},
     "pipeline_ieft": {"processing_ieft"},

@@ -100,6 +100,8 @@ def test_scenes_are_drawn_once_and_kept(tmp_path):
     assert splits["test"][0]["image"].size == (96, 96) and len(splits["test"][0]["captions"]) == 5
     captions = [set(caption for row in splits[name]["captions"] for caption in row) for name in ("train", "test")]
     assert len(captions[1] - captions[0]) > 300  # the test split is not the training split again
+    streamed = next(iter(load_retrieval_dataset("scenes", streaming=True)["test"]))
+    assert streamed["captions"] == splits["test"][0]["captions"]
     again = load_retrieval_dataset("scenes", seed=5)  # the seed of a training run draws no other scenes
     assert list(again["test"]["captions"]) == list(splits["test"]["captions"])
 

@@ -17,7 +17,8 @@ from test_archives import write_tar
 
 from ieft.bad_rows import BadRowsError, caption_fault
 from ieft.downloads import download
-from prepare_datasets import load_and_check, load_retrieval_dataset
+from ieft.streams import stream_hub_dataset
+from prepare_datasets import image_fault, load_and_check, load_retrieval_dataset
 
 COUNTS = {"train": 4, "validation": 2, "test": 2}
 
@@ -319,3 +320,43 @@ def test_images_by_url_are_fetched_once_and_failures_are_bad_rows(tmp_path):
     splits, bad = load_and_check(str(tmp_path / "a.jsonl"), on_bad_rows="skip")  # the server is gone, the files kept
     check_everything(splits)
     assert len(bad) == 1
+
+
+# Streams -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [write_karpathy, write_csv, write_webdataset])
+def test_a_stream_gives_the_rows_and_pixels_of_the_prepared_splits(tmp_path, write):
+    path = str(write(tmp_path / "data"))
+    streams = load_retrieval_dataset(path, streaming=True)
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+    check_everything({name: list(stream) for name, stream in streams.items()})
+    assert list(streams["train"])[0]["filename"] == list(load_retrieval_dataset(path)["train"])[0]["filename"]
+
+
+def test_an_unreadable_image_in_a_stream_stops_or_is_left_out_when_it_passes(tmp_path, caplog):
+    path = write_jsonl(tmp_path / "data")
+    (tmp_path / "data" / "train_1.png").write_bytes(b"")
+    streams = load_retrieval_dataset(str(path), streaming=True)
+    assert len(list(streams["test"])) == 2
+    with pytest.raises(BadRowsError, match="train_1.png: unreadable image"):
+        list(streams["train"])
+    streams = load_retrieval_dataset(str(path), streaming=True, on_bad_rows="skip")
+    assert [row["filename"] for row in streams["train"]] == ["train_0.png", "train_2.png", "train_3.png"]
+    assert "train_1.png: unreadable image" in caplog.text
+
+
+def test_parquet_is_streamed_as_from_the_hub(tmp_path, caplog):
+    folder = write_bytes_in_parquet(tmp_path / "data")
+    options = {"image_fault": image_fault, "cache_dir": str(tmp_path / "cache")}
+    streams = stream_hub_dataset(str(folder), {}, on_bad_rows="stop", **options)
+    check_everything({name: list(stream) for name, stream in streams.items()})
+    rows = pq.read_table(folder / "test-00000-of-00001.parquet").to_pylist()
+    rows[0]["captions"], rows[1]["image"]["bytes"] = ["..", "a field ."], b"no image"
+    pq.write_table(pa.Table.from_pylist(rows), folder / "test-00000-of-00001.parquet")
+    streams = stream_hub_dataset(str(folder), {}, on_bad_rows="stop", **options)
+    with pytest.raises(BadRowsError, match="row 0, test_0.png: a caption of punctuation only"):
+        list(streams["test"])
+    streams = stream_hub_dataset(str(folder), {}, on_bad_rows="skip", **options)
+    assert [row["captions"] for row in streams["test"]] == [["a field ."]]
+    assert "row 1, test_1.png: unreadable image" in caplog.text

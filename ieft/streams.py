@@ -1,0 +1,89 @@
+"""Collections larger than the disk, as streams.
+
+In: rows whose captions are known, or the streams of a Hub dataset. Out: an `IterableDatasetDict` with the columns of a
+prepared one. Each image is checked as it passes. It knows nothing of files of annotations, and keeps nothing.
+"""
+
+import logging
+from pathlib import Path
+
+import datasets
+
+from ieft.bad_rows import MISSING, BadRow, BadRowsError, describe, make_bad_rows, usable_rows
+from ieft.builders import FEATURES
+from ieft.sources import SPLIT_NAMES, table_source
+
+logger = logging.getLogger(__name__)
+
+
+def stream_rows(rows, source, *, image_fault, on_bad_rows):
+    """Streams of rows that `usable_rows` has passed but for their images.
+
+    Args:
+        image_fault: path or bytes -> a reason, or None.
+        on_bad_rows: "stop" raises `BadRowsError` at the first unreadable image; "skip" leaves it out and says so.
+    """
+    splits = [name for name in ("train", "validation", "test") if any(row["split"] == name for row in rows)]
+    own = {name: [row for row in rows if row["split"] == name] for name in splits}
+    return _as_streams({name: (_checked_rows, own[name], source, image_fault, on_bad_rows) for name in splits})
+
+
+def stream_hub_dataset(name, columns, *, image_fault, on_bad_rows, **options):
+    """The splits of a Hub dataset of parquet files or tars, read while they are used; `options` of `load_dataset`."""
+    streams = datasets.load_dataset(name, streaming=True, **options)
+    ways = {}
+    for split, stream in streams.items():
+        if split not in SPLIT_NAMES:
+            raise ValueError(f"{name}: split {split!r} is not one of {', '.join(SPLIT_NAMES)}.")
+        for column, feature in (stream.features or {}).items():
+            if isinstance(feature, datasets.Image):
+                stream = stream.cast_column(column, datasets.Image(decode=False))
+        ways[SPLIT_NAMES[split]] = (_checked_records, stream, (name, split, columns), image_fault, on_bad_rows)
+    return _as_streams(ways)
+
+
+def _as_streams(ways):
+    features = datasets.Features(FEATURES)
+    return datasets.IterableDatasetDict(
+        {
+            name: datasets.IterableDataset.from_generator(_run, features=features, gen_kwargs={"way": way})
+            for name, way in ways.items()
+        }
+    )
+
+
+def _run(way):
+    generate, *arguments = way
+    yield from generate(*arguments)
+
+
+def _checked_rows(rows, source, image_fault, on_bad_rows):
+    for number, row in enumerate(rows):
+        reason = MISSING if row["image"] is None else image_fault(row["image"])
+        if reason:
+            _leave_out(make_bad_rows(number, row, [reason], "image and captions"), source, on_bad_rows)
+        else:
+            yield _example(row)
+
+
+def _checked_records(stream, origin, image_fault, on_bad_rows):
+    name, split, columns = origin
+    for number, record in enumerate(stream):
+        row = table_source(Path(name), [record | {"split": split}], columns, start=number).rows[0]
+        reason = MISSING if row["image"] is None else image_fault(row["image"])
+        rows, bad = usable_rows([row], {0: reason} if reason else {})
+        if bad:
+            _leave_out([BadRow(**(vars(each) | {"row": number})) for each in bad], name, on_bad_rows)
+        for usable in rows:
+            yield _example(usable)
+
+
+def _leave_out(bad, source, on_bad_rows):
+    if on_bad_rows == "stop":
+        raise BadRowsError(bad, source)
+    logger.warning(describe(bad, source))
+
+
+def _example(row):
+    image = {"path": None, "bytes": row["image"]} if isinstance(row["image"], bytes) else str(row["image"])
+    return {"image": image, "filename": row["filename"], "captions": row["captions"]}
