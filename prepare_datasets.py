@@ -32,7 +32,7 @@ from ieft.bad_rows import MISSING, UNREADABLE, BadRowsError, describe, save_bad_
 from ieft.builders import SCENES_SEED, CaptionRowsBuilder, ScenesBuilder
 from ieft.downloads import download
 from ieft.sources import IMAGE_ENDINGS, Source, read_source, read_webdataset, table_source
-from ieft.streams import stream_hub_dataset, stream_rows
+from ieft.streams import load_from_hub, stream_hub_dataset, stream_rows
 
 logger = logging.getLogger(__name__)
 
@@ -92,16 +92,15 @@ def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_co
     else:
         kept = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ieft"
         columns = {"image_column": image_column, "caption_column": caption_column}
-        checks = {"image_fault": image_fault, "on_bad_rows": on_bad_rows}
         if streaming and data_dir is None and is_hub_id(name_or_path):
-            return stream_hub_dataset(name_or_path, columns, **checks, cache_dir=str(kept / "hub")), []
+            return stream_hub_dataset(name_or_path, columns, image_fault=image_fault, on_bad_rows=on_bad_rows), []
         name, source = find_source(str(name_or_path), data_dir, columns, kept)
         rows, bad = check_rows(source, on_bad_rows, kept, num_proc, decode=not streaming)
         carve_missing_splits(rows, {row["split"] for row in source.rows}, seed)
         if streaming:
-            return stream_rows(rows, str(source.annotations), **checks), bad
-        config_name = re.sub(r"[^\w.-]", "-", name)
-        builder = CaptionRowsBuilder(config_name=config_name, sources=fingerprint(rows), cache_dir=cache_dir)
+            return stream_rows(rows, source.annotations, image_fault=image_fault, on_bad_rows=on_bad_rows), bad
+        name = re.sub(r"[^\w.-]", "-", name)
+        builder = CaptionRowsBuilder(config_name=name, sources=fingerprint(rows), cache_dir=cache_dir)
         builder.rows = rows
     builder.download_and_prepare()
     splits = builder.as_dataset()
@@ -167,10 +166,7 @@ def unpack(archive, kept):
 
 def read_hub_dataset(name, columns, kept):
     """All splits of a dataset on the Hub, or of a local parquet folder by the same way."""
-    try:
-        splits = datasets.load_dataset(name, cache_dir=str(kept / "hub"))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{name} is no existing path, and cannot be loaded from the Hub: {error}.") from error
+    splits = load_from_hub(name, cache_dir=str(kept / "hub"))
     rows = []
     for split, data in splits.items():
         for column, feature in data.features.items():

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 import datasets
+from huggingface_hub.errors import HfHubHTTPError
 
 from ieft.bad_rows import MISSING, BadRow, BadRowsError, describe, make_bad_rows, usable_rows
 from ieft.builders import FEATURES
@@ -28,9 +29,22 @@ def stream_rows(rows, source, *, image_fault, on_bad_rows):
     return _as_streams({name: (_checked_rows, own[name], source, image_fault, on_bad_rows) for name in splits})
 
 
+def load_from_hub(name, **options):
+    """`datasets.load_dataset`, whose many errors become one that says what was tried.
+
+    Raises:
+        ValueError: where there is no such dataset, or the Hub cannot be reached.
+    """
+    try:
+        return datasets.load_dataset(name, **options)
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name} is no existing path, and cannot be loaded from the Hub ({reason}).") from error
+
+
 def stream_hub_dataset(name, columns, *, image_fault, on_bad_rows, **options):
     """The splits of a Hub dataset of parquet files or tars, read while they are used; `options` of `load_dataset`."""
-    streams = datasets.load_dataset(name, streaming=True, **options)
+    streams = load_from_hub(name, streaming=True, **options)
     ways = {}
     for split, stream in streams.items():
         if split not in SPLIT_NAMES:

@@ -8,6 +8,7 @@ import threading
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +19,7 @@ from test_archives import write_tar
 from ieft.bad_rows import BadRowsError, caption_fault
 from ieft.downloads import download
 from ieft.streams import stream_hub_dataset
-from prepare_datasets import image_fault, load_and_check, load_retrieval_dataset
+from prepare_datasets import image_fault, load_and_check, load_retrieval_dataset, read_hub_dataset
 
 COUNTS = {"train": 4, "validation": 2, "test": 2}
 
@@ -360,3 +361,36 @@ def test_parquet_is_streamed_as_from_the_hub(tmp_path, caplog):
     streams = stream_hub_dataset(str(folder), {}, on_bad_rows="skip", **options)
     assert [row["captions"] for row in streams["test"]] == [["a field ."]]
     assert "row 1, test_1.png: unreadable image" in caplog.text
+
+
+def test_the_splits_of_the_hub_may_be_called_valid(tmp_path):
+    """As `arampacha/rsicd`: columns filename, captions and image, splits train, test and valid."""
+    text = datasets.Value("string")
+    columns = {"filename": text, "captions": datasets.List(text), "image": datasets.Image()}
+    for wanted in COUNTS:
+        records = [
+            {"filename": f"rsicd_images/{name}", "captions": captions, "image": {"bytes": content, "path": None}}
+            for split, name, content, captions in samples()
+            if split == wanted
+        ]
+        named = "valid" if wanted == "validation" else wanted
+        datasets.Dataset.from_list(records, datasets.Features(columns)).to_parquet(
+            tmp_path / "data" / f"{named}-0.parquet"
+        )
+    files = "".join(f"  - split: {name}\n    path: data/{name}-*\n" for name in ("train", "test", "valid"))
+    (tmp_path / "data" / "README.md").write_text("")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
+    source = read_hub_dataset(str(tmp_path), {}, tmp_path / "kept")
+    found = {name: sum(row["split"] == name for row in source.rows) for name in COUNTS}
+    assert found == COUNTS and source.rows[0]["filename"] == "rsicd_images/train_0.png"
+    streams = stream_hub_dataset(str(tmp_path), {}, image_fault=image_fault, on_bad_rows="stop")
+    check_everything({name: list(stream) for name, stream in streams.items()})
+
+
+def test_a_dataset_that_the_hub_does_not_give_is_one_clear_error(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="someone/nothing-of-this-name is no existing path, and cannot be loaded"):
+        load_retrieval_dataset("someone/nothing-of-this-name")
+    with pytest.raises(ValueError, match="someone/nothing-of-this-name is no existing path, and cannot be loaded"):
+        load_retrieval_dataset("someone/nothing-of-this-name", streaming=True)
