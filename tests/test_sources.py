@@ -394,3 +394,11 @@ def test_a_dataset_that_the_hub_does_not_give_is_one_clear_error(monkeypatch):
         load_retrieval_dataset("someone/nothing-of-this-name")
     with pytest.raises(ValueError, match="someone/nothing-of-this-name is no existing path, and cannot be loaded"):
         load_retrieval_dataset("someone/nothing-of-this-name", streaming=True)
+
+
+def test_a_file_that_a_table_names_in_two_splits_is_not_merged_but_named(tmp_path):
+    path = write_csv(tmp_path / "data")
+    with path.open("a") as file:
+        file.write("pictures/train_0.png,seen again .,test\n")
+    with pytest.raises(BadRowsError, match="train_0.png: named before in another split: train and test"):
+        load_retrieval_dataset(str(path))
