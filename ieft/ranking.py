@@ -229,7 +229,7 @@ class _ScoreCache:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = [str(dtype), batch_tokens, model.device.type, model.config._attn_implementation]
-        self.fingerprint = _fingerprint(model, settings)
+        self.fingerprint = fingerprint(model, settings)
 
     def key(self, pixels, rows, captions):
         """A tile's name, from its images (I, 3, H, W) and the row among them and token ids of each pair."""
@@ -269,14 +269,14 @@ def _read_tile(path, key):
     return scores
 
 
-def _fingerprint(model, settings):
+def fingerprint(model, settings):
     """A digest of the weights, the configuration and settings."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_IN_FINGERPRINT}
     config = {name: value for name, value in config.items() if not name.startswith("_")}
     digest = hashlib.sha256(json.dumps([settings, config], sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
     return digest
 
 

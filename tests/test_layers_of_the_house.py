@@ -17,6 +17,7 @@ LAYERS = {
     "ieft.scenes": 0,
     "ieft.ranking": 1,
     "ieft.batches": 2,
+    "ieft.index": 2,
     "ieft.report": 2,
     "ieft.trainer": 2,
     "ieft.archives": 0,
@@ -25,6 +26,7 @@ LAYERS = {
     "ieft.downloads": 0,
     "ieft.sources": 1,
     "ieft.streams": 2,
+    "ieft.search": 3,
     "prepare_datasets": 3,
 }
 TOP_LAYER = 4  # the root commands, benchmarks, the `evaluate` module, the package's lazy front

@@ -1,0 +1,224 @@
+"""Images in a vector store: equal to comparing every vector, idempotent, whole after a kill, true to a checkpoint."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_modeling import tiny_config
+from transformers import BertTokenizer
+
+from modeling_ieft import IeftForImageTextRetrieval
+from processing_ieft import IeftImageProcessor, IeftProcessor
+
+pytest.importorskip("lancedb", reason="the vector store, extra `search`, is not installed")
+
+from ieft import index as index_module  # noqa: E402
+from ieft.index import ImageIndex, find_images, read_picture  # noqa: E402
+
+CAPTIONS = ["two red houses .", "a green river .", "many grey ships beside a beach ."]
+NUM_IMAGES = 24
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    tokenizer = BertTokenizer().train_new_from_iterator(CAPTIONS, vocab_size=60)
+    IeftForImageTextRetrieval(tiny_config(vocab_size=len(tokenizer))).save_pretrained(folder)
+    IeftProcessor(IeftImageProcessor(32), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    model = IeftForImageTextRetrieval.from_pretrained(checkpoint)
+    return model.eval(), IeftProcessor.from_pretrained(checkpoint)
+
+
+@pytest.fixture
+def archive(tmp_path):
+    folder = tmp_path / "archive"
+    (folder / "deep").mkdir(parents=True)
+    noise = np.random.default_rng(0)
+    for number in range(NUM_IMAGES):
+        place = folder / "deep" if number % 2 else folder
+        pixels = noise.integers(0, 255, (40, 30 + number, 3), np.uint8)
+        Image.fromarray(pixels).save(place / f"it's {number:02}.png")
+    return folder
+
+
+@pytest.fixture
+def index(tmp_path, loaded, archive):
+    index = ImageIndex(tmp_path / "index", loaded[0], processor=loaded[1], create=True)
+    index.add(find_images(archive), batch_size=7)
+    return index
+
+
+def slow_similarities(index, caption):
+    vectors = {row["file"]: row["vector"] for row in index.rows(columns=["file", "vector"])}
+    wanted = index.embed_caption(caption)
+    return {file: float(np.dot(vector, wanted)) for file, vector in vectors.items()}
+
+
+def test_the_shortlist_is_a_comparison_with_every_vector(index):
+    for caption in CAPTIONS:
+        expected = slow_similarities(index, caption)
+        hits = index.shortlist(index.embed_caption(caption), 9)
+        assert [hit["file"] for hit in hits] == sorted(expected, key=expected.get, reverse=True)[:9]
+        for hit in hits:
+            assert hit["similarity"] == pytest.approx(expected[hit["file"]], abs=1e-5)
+
+
+def test_vectors_are_those_of_each_image_alone(index):
+    for row in index.rows(columns=["file", "vector"])[::5]:
+        alone = index.embed_images([read_picture(row["file"])])[0]
+        np.testing.assert_allclose(row["vector"], alone, atol=1e-5)
+
+
+def test_search_re_ranks_the_shortlist_as_the_plain_model_does(index, loaded):
+    model, processor = loaded
+    hits = index.search(CAPTIONS[0], top_k=10, rerank_top_k=6)
+    assert [hit["rank"] for hit in hits] == list(range(1, 11))
+    assert [hit["stage"] for hit in hits] == ["re-ranked"] * 6 + ["shortlist"] * 4
+    shortlist = [hit["file"] for hit in index.shortlist(index.embed_caption(CAPTIONS[0]), 10)]
+    ranked = model.rank(CAPTIONS[0], shortlist[:6], processor=processor)
+    assert [hit["file"] for hit in hits] == [hit["image"] for hit in ranked] + shortlist[6:]
+    np.testing.assert_allclose([hit["score"] for hit in hits[:6]], [hit["score"] for hit in ranked], atol=1e-5)
+
+
+def test_an_image_finds_itself(index, archive):
+    file = find_images(archive)[3]
+    best = index.search_image(read_picture(file), top_k=1)[0]
+    assert best["file"] == str(file.resolve())
+    assert best["score"] == pytest.approx(1, abs=1e-5)
+
+
+def test_adding_again_changes_nothing_and_a_changed_file_takes_its_row(index, archive, loaded):
+    files = find_images(archive)
+    assert index.add(files) == {"added": 0, "unchanged": NUM_IMAGES, "unreadable": {}}
+    before = {row["file"]: row["content"] for row in index.rows()}
+    Image.new("RGB", (50, 40), "red").save(files[0])
+    shutil.copy(files[1], archive / "copy.png")
+    assert index.add(find_images(archive)) == {"added": 2, "unchanged": NUM_IMAGES - 1, "unreadable": {}}
+    after = {row["file"]: row["content"] for row in index.rows()}
+    assert len(index) == len(after) == NUM_IMAGES + 1
+    assert [file for file in before if before[file] != after[file]] == [str(files[0].resolve())]
+
+
+def test_deleted_images_are_not_found(index, archive):
+    files = find_images(archive)
+    assert index.delete([files[0], files[5], archive / "never.png"]) == 2
+    left = {hit["file"] for hit in index.shortlist(index.embed_caption(CAPTIONS[0]), NUM_IMAGES)}
+    assert left == {str(file.resolve()) for file in files} - {str(files[0].resolve()), str(files[5].resolve())}
+
+
+def test_filters_hold_before_the_search(index):
+    hits = index.search(CAPTIONS[1], top_k=NUM_IMAGES, rerank_top_k=2, where="width >= 50 AND file LIKE '%deep%'")
+    assert sorted(hit["width"] for hit in hits) == [51, 53]
+    assert index.search(CAPTIONS[1], where="width > 5000") == []
+
+
+def test_metadata_of_a_georeferenced_image(index, tmp_path):
+    rasterio = pytest.importorskip("rasterio", reason="GeoTIFF, extra `geo`, is not installed")
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 40, 60), np.uint8)
+    transform = rasterio.transform.from_origin(500000, 5400000, 10, 10)
+    file = tmp_path / "scene.tif"
+    with rasterio.open(
+        file, "w", driver="GTiff", width=60, height=40, count=3, dtype="uint8", crs="EPSG:32631", transform=transform
+    ) as scene:
+        scene.write(pixels)
+    index.add([file])
+    row = index.rows("crs IS NOT NULL")[0]
+    assert [row[side] for side in ("west", "south", "east", "north")] == [500000, 5399600, 500600, 5400000]
+    assert (row["crs"], row["width"], row["height"]) == ("EPSG:32631", 60, 40)
+    assert (row["bytes"], row["time"].timestamp()) == (file.stat().st_size, pytest.approx(file.stat().st_mtime, abs=1))
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_kept(index, archive):
+    (archive / "broken.png").write_bytes(b"no image")
+    (archive / "cut.png").write_bytes(find_images(archive)[0].read_bytes()[:600])
+    report = index.add([*find_images(archive), archive / "gone.png"])
+    assert sorted(os.path.basename(file) for file in report["unreadable"]) == ["broken.png", "cut.png", "gone.png"]
+    assert report["added"] + report["unchanged"] == len(index) == NUM_IMAGES
+
+
+def test_another_checkpoint_is_refused(index, tmp_path, loaded):
+    model, processor = loaded
+    torch.manual_seed(1)
+    other = IeftForImageTextRetrieval(model.config)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        ImageIndex(tmp_path / "index", other, processor=processor)
+    squashing = IeftProcessor(IeftImageProcessor(32, fit="squash"), processor.tokenizer)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        ImageIndex(tmp_path / "index", model, processor=squashing)
+    assert len(ImageIndex(tmp_path / "index", model, processor=processor)) == NUM_IMAGES
+
+
+def test_errors_say_what_to_do(index, tmp_path, loaded, archive):
+    model, processor = loaded
+    with pytest.raises(FileNotFoundError, match="ieft-search index"):
+        ImageIndex(tmp_path / "none", model, processor=processor)
+    with pytest.raises(ValueError, match="contrastive_weight"):
+        ImageIndex(tmp_path / "x", IeftForImageTextRetrieval(tiny_config(contrastive_dim=0)), processor=processor)
+    with pytest.raises(ValueError, match="empty"):
+        index.search("  ")
+    with pytest.raises(ValueError, match="top_k"):
+        index.shortlist(np.zeros(8), 0)
+    with pytest.raises(FileNotFoundError, match="there are none"):
+        find_images(tmp_path / "index" / "nothing")
+    for file in find_images(archive):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="put it back"):
+        index.search(CAPTIONS[0])
+
+
+def test_the_vector_index_finds_what_the_comparison_does(index, monkeypatch):
+    draw = np.random.default_rng(0)
+    rows = index.table.to_arrow().slice(0, 1).to_pylist() * 3000
+    vectors = draw.normal(size=(len(rows), 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index.table.add([row | {"file": str(number), "vector": vectors[number]} for number, row in enumerate(rows)])
+    queries = draw.normal(size=(10, 8))
+    exact = [[hit["file"] for hit in index.shortlist(query, 10)] for query in queries]
+    monkeypatch.setattr(index_module, "FEWEST_FOR_VECTOR_INDEX", 1000)
+    index.optimize()
+    assert [found.index_type for found in index.table.list_indices()] == ["IvfPq"]
+    found = [[hit["file"] for hit in index.shortlist(query, 10)] for query in queries]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)]) > 0.85  # chance is 0.003
+
+
+ADD = """
+import sys
+from ieft import IeftForImageTextRetrieval, IeftProcessor
+from ieft.index import ImageIndex, find_images
+model, processor = (kind.from_pretrained(sys.argv[1]) for kind in (IeftForImageTextRetrieval, IeftProcessor))
+index = ImageIndex(sys.argv[2], model, processor=processor, create=True)
+print("ready", flush=True)
+index.add(find_images(sys.argv[3]), batch_size=1)
+"""
+
+
+def test_killed_while_adding_nothing_is_lost_or_doubled(tmp_path, checkpoint, loaded, archive):
+    adding = subprocess.Popen(
+        [sys.executable, "-c", ADD, checkpoint, tmp_path / "index", archive], stdout=subprocess.PIPE, text=True
+    )
+    assert adding.stdout.readline() == "ready\n"
+    index = ImageIndex(tmp_path / "index", loaded[0], processor=loaded[1])
+    while not len(index) and adding.poll() is None:
+        index.table.checkout_latest()
+        time.sleep(0.005)
+    adding.send_signal(signal.SIGKILL)
+    adding.communicate()
+    index = ImageIndex(tmp_path / "index", loaded[0], processor=loaded[1])
+    kept = len(index)
+    assert 0 < kept < NUM_IMAGES, "the kill came too early or too late to show anything"
+    assert index.add(find_images(archive)) == {"added": NUM_IMAGES - kept, "unchanged": kept, "unreadable": {}}
+    files = [row["file"] for row in index.rows()]
+    assert sorted(files) == sorted(str(file.resolve()) for file in find_images(archive))

@@ -1,0 +1,79 @@
+"""The command `ieft-search`, run as a user runs it, and the forms its hits come in."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("lancedb", reason="the vector store, extra `search`, is not installed")
+
+from test_index import CAPTIONS, NUM_IMAGES, archive, checkpoint  # noqa: E402, F401
+
+from ieft.search import draw_sheet, hit_table, main, to_geojson  # noqa: E402
+
+
+@pytest.fixture
+def run(tmp_path, checkpoint, capsys):  # noqa: F811
+    def run(command, *arguments):
+        code = main([command, *map(str, arguments), "--model", str(checkpoint), "--index", str(tmp_path / "index")])
+        return code, capsys.readouterr()
+
+    return run
+
+
+def test_index_query_info_export_delete(run, archive):  # noqa: F811
+    code, printed = run("index", archive)
+    assert code == 0 and printed.out.startswith("24 added, 0 unchanged, 24 images")
+    assert run("index", archive)[1].out.startswith("0 added, 24 unchanged")
+    table = run("query", CAPTIONS[0], "--top_k", 4)[1].out.splitlines()
+    hits = json.loads(run("query", CAPTIONS[0], "--top_k", 4, "--json")[1].out)
+    assert [line.split(maxsplit=3)[3] for line in table[1:]] == [hit["file"] for hit in hits]
+    assert run("info")[1].out.startswith("24 images\ncheckpoint ")
+    exported = [json.loads(line) for line in run("export", "--where", "width < 40")[1].out.splitlines()]
+    assert sorted(row["width"] for row in exported) == list(range(30, 40))
+    assert run("delete", hits[0]["file"])[1].out == "1 deleted\n"
+    assert hits[0]["file"] not in run("query", CAPTIONS[0], "--top_k", NUM_IMAGES)[1].out
+
+
+def test_an_image_as_query_and_hits_as_a_sheet(run, archive, tmp_path):  # noqa: F811
+    run("index", archive)
+    file = archive / "it's 04.png"
+    hits = json.loads(run("query", "--image", file, "--json", "--top_k", 6, "--sheet", tmp_path / "sheet.png")[1].out)
+    assert hits[0]["file"] == str(file.resolve()) and {hit["stage"] for hit in hits} == {"shortlist"}
+    one, six = draw_sheet(hits[:1]), Image.open(tmp_path / "sheet.png")
+    assert six.height > one.height and np.array_equal(np.asarray(six)[:200], np.asarray(draw_sheet(hits))[:200])
+    assert len(np.unique(np.asarray(one)[12:204, 12:204])) > 100  # the picture is there
+
+
+def test_an_unreadable_image_is_named_and_fails_the_command(run, archive):  # noqa: F811
+    (archive / "broken.png").write_bytes(b"no image")
+    code, printed = run("index", archive)
+    assert code == 1 and "24 added" in printed.out and "not indexed" in printed.err and "broken.png" in printed.err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [((), "sentence or --image"), ((" ",), "empty one"), (("a", "--image", "b"), "sentence or --image"),
+     (("--image", "setup.cfg"), "cannot be read"), (("a", "--where", "no_column > 1"), "no_column")],
+)  # fmt: skip
+def test_a_wrong_query_says_what_was_expected(run, archive, arguments, message):  # noqa: F811
+    run("index", archive)
+    with pytest.raises(SystemExit, match=message):
+        run("query", *arguments)
+
+
+def test_geojson_is_in_longitude_and_latitude():
+    pytest.importorskip("rasterio", reason="GeoTIFF, extra `geo`, is not installed")
+    bounds = {"west": 500000.0, "south": 5399600.0, "east": 500600.0, "north": 5400000.0}
+    placed = {"file": "a.tif", "score": 1.0, "rank": 1, "crs": "EPSG:32631", **bounds}
+    nowhere = {"file": "b.png", "score": 0.5, "rank": 2, "crs": None, **dict.fromkeys(bounds)}
+    found, unplaced = to_geojson([placed, nowhere])["features"]
+    ring = np.array(found["geometry"]["coordinates"][0])
+    assert np.allclose(ring[0], [3.0, 48.75], atol=0.01)  # zone 31's central meridian
+    assert (ring[0] == ring[-1]).all() and (ring.max(axis=0) - ring.min(axis=0) < 0.01).all()
+    assert unplaced["geometry"] is None and found["properties"]["file"] == "a.tif"
+
+
+def test_no_hit_is_said():
+    assert hit_table([]) == "No image fits."
