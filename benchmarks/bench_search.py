@@ -1,0 +1,133 @@
+"""How fast and how exactly an archive of a million images is searched.
+
+    PYTHONPATH=. python benchmarks/bench_search.py --model outputs/demo
+
+In: a checkpoint with contrastive heads. Out: a table, then one JSON line. Embeddings are synthetic, points around
+2,000 centres; the images that re-ranking reads are scenes, whose scores are real and whose places mean nothing.
+
+What bounds it: comparing every vector reads them all, 1 GB for a million of 256 numbers. The vector index reads the
+codes of a few partitions and the full vectors of some hundred candidates. Re-ranking is bounded by reading and scoring
+images.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ieft import IeftForImageTextRetrieval, IeftProcessor
+from ieft.index import METADATA, ImageIndex
+from ieft.scenes import draw_scene
+
+CENTRES, SPREAD = 2000, 0.7
+ROWS_AT_ONCE = 50_000
+FILES = 64  # scenes that the rows take turns in naming
+FILTER = "width < 100"  # holds for a tenth of the rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--vectors", type=int, default=1_000_000)
+    parser.add_argument("--queries", type=int, default=30)
+    args = parser.parse_args()
+    model, processor = (kind.from_pretrained(args.model) for kind in (IeftForImageTextRetrieval, IeftProcessor))
+    with tempfile.TemporaryDirectory() as folder:
+        index = ImageIndex(Path(folder, "index"), model, processor=processor, create=True)
+        files = [str(Path(folder, f"{number}.png")) for number in range(FILES)]
+        for number, file in enumerate(files):
+            draw_scene(0, number).image.save(file)
+        seconds = {"add": clock(lambda: add_vectors(index, files, args.vectors))}
+        seconds["build"] = clock(index.optimize)
+        megabytes = sum(path.stat().st_size for path in Path(folder, "index").rglob("*") if path.is_file()) / 1e6
+        report(measure(index, args.queries), seconds, megabytes, args)
+
+
+def clock(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def draw_vectors(count, width, seed):
+    """Unit vectors around centres that are the same for every seed: (count, width)."""
+    centres = np.random.default_rng(0).normal(size=(CENTRES, width))
+    draw = np.random.default_rng([1, seed])
+    vectors = centres[draw.integers(CENTRES, size=count)] + SPREAD * draw.normal(size=(count, width))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def add_vectors(index, files, count):
+    width = index.model.config.contrastive_dim
+    for first in range(0, count, ROWS_AT_ONCE):
+        numbers = np.arange(first, min(count, first + ROWS_AT_ONCE))
+        columns = {name: pa.nulls(len(numbers), kind) for name, kind in METADATA.items()}
+        columns["file"] = pa.array([files[number % FILES] for number in numbers])
+        columns["content"] = pa.array([str(number) for number in numbers])
+        columns["width"] = pa.array(numbers % 1000, pa.int32())
+        vectors = draw_vectors(len(numbers), width, first + 1).ravel()
+        columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors), width)
+        index.table.add(pa.table(columns, schema=index.table.schema))
+
+
+def measure(index, count):
+    """Milliseconds of each query by way of searching, and the recall at 10 of the shortlists."""
+    queries = draw_vectors(count, index.model.config.contrastive_dim, 0)
+    captions = [draw_scene(1, number).captions[0] for number in range(count)]
+    milliseconds, recalls = {}, {}
+    for name, where in (("", None), (", filtered", FILTER)):
+        milliseconds[f"every vector{name}"], exact = timed(lambda q, w=where: compare_all(index, q, w), queries)
+        _, found = timed(lambda q, w=where: index.shortlist(q, 10, where=w), queries)
+        recalls[f"recall@10{name}"] = np.mean([overlap(a, b) for a, b in zip(exact, found, strict=True)])
+        milliseconds[f"text, shortlist only{name}"], _ = timed(
+            lambda caption, w=where: index.search(caption, rerank_top_k=0, top_k=32, where=w), captions
+        )
+    milliseconds["text, 32 re-ranked"], _ = timed(lambda caption: index.search(caption, rerank_top_k=32), captions)
+    return milliseconds, recalls
+
+
+def compare_all(index, vector, where):
+    query = index.table.search(vector, vector_column_name="vector").distance_type("dot").bypass_vector_index()
+    query = query.select(["content", "_distance"]).limit(10)
+    return (query.where(where, prefilter=True) if where else query).to_list()
+
+
+def timed(search, queries):
+    search(queries[0])  # warm
+    times, hits = [], []
+    for query in queries:
+        start = time.perf_counter()
+        hits.append(search(query))
+        times.append(1000 * (time.perf_counter() - start))
+    return times, hits
+
+
+def overlap(exact, found):
+    return len({hit["content"] for hit in exact} & {hit["content"] for hit in found}) / len(exact)
+
+
+def report(measured, seconds, megabytes, args):
+    milliseconds, recalls = measured
+    print(f"{args.vectors:,} vectors, {args.queries} queries, {os.cpu_count()} cores")
+    print(f"added in {seconds['add']:.0f} s, indexed in {seconds['build']:.0f} s, {megabytes:,.0f} MB\n")
+    print(f"{'milliseconds':34}{'p50':>8}{'p99':>8}")
+    percentiles = {name: np.percentile(times, (50, 99)).tolist() for name, times in milliseconds.items()}
+    for name, (median, slowest) in percentiles.items():
+        print(f"{name:34}{median:>8.1f}{slowest:>8.1f}")
+    print("\n" + "\n".join(f"{name}: {recall:.3f}" for name, recall in recalls.items()))
+    recalls = {name: float(recall) for name, recall in recalls.items()}
+    line = {"benchmark": "search", "vectors": args.vectors, "seconds": seconds, "megabytes": megabytes}
+    versions = {"lancedb": lancedb.__version__, "torch": torch.__version__, "device": platform.machine()}
+    print(json.dumps(line | {"milliseconds_p50_p99": percentiles} | recalls | versions))
+
+
+if __name__ == "__main__":
+    main()
