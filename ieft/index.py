@@ -31,7 +31,7 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp", *GEOTIFF_SUF
 IMAGES_AT_ONCE = 64
 FEWEST_FOR_VECTOR_INDEX = 50_000  # below, every vector is compared, in milliseconds and exactly
 PARTITION_ROWS = 1024
-PROBES, REFINE = 80, 20  # partitions looked into; candidates re-scored by their full vectors, per hit
+PROBES, REFINE = 80, 10  # partitions looked into; candidates re-scored by their full vectors, per hit
 METADATA = {
     "file": pa.string(), "content": pa.string(), "bytes": pa.int64(), "time": pa.timestamp("ms", "UTC"),
     "width": pa.int32(), "height": pa.int32(), "west": pa.float64(), "south": pa.float64(), "east": pa.float64(),
