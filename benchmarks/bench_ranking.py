@@ -1,96 +1,171 @@
 """How fast images are ranked with captions, against the loop that was published.
 
-    python benchmarks/bench_ranking.py --images 1 --captions 128
+    python benchmarks/bench_ranking.py --images 1 --captions 192
 
-In: nothing but these sizes. Out: a table, then one JSON line. Whether the scores are good is not asked, only that both
+In: nothing but these sizes. Out: a table, then one JSON line. Whether the scores are good is not asked, only that all
 ways give the same ones.
 
-What bounds it: a pair of the full-size network costs the published loop 22.6 GFLOP. It pads every caption to 40
-tokens, embeds both sides again for each pair, and computes all tokens of the last block where one is read. Ranking
-leaves that out; the rest is matrix products, bounded by the machine's float32 peak. Captions of one length are read
-together, so that a trial with few captions shows ranking slower than it is. The two ways take turns in one run, so
-that what else the machine does falls on both.
+What bounds it: matrix products. A pair costs the published loop 22.6 GFLOP: it pads every caption to 40 tokens, embeds
+both sides again for each pair, computes all tokens of the last block where one is read, and scores a sentence again
+for every image that carries it. Each row of the table adds one saving to those above it; the last computes in
+bfloat16. Captions have the lengths and the repeats of RSICD's test split. All ways take turns in one run, so that
+whatever else the machine does falls on all of them; a machine that does nothing else gives the truest ratios.
 """
 
 import argparse
 import json
 import platform
 import time
+from contextlib import nullcontext
+from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import transformers
+from published import PADDED_LENGTH, as_published, draw_captions, pad
+from torch.utils.flop_counter import FlopCounterMode
 
 from configuration_ieft import IeftConfig
-from ieft.ranking import score_matrix
+from ieft import ranking
 from modeling_ieft import IeftForImageTextRetrieval
 
-PADDED_LENGTH = 40  # of every caption in the published loop
-PAIRS_AT_ONCE = 32
-LENGTHS = (8, 20)  # tokens of a caption, special ones included, all equally likely
+PUBLISHED_BATCH, SMALL_BATCH = 64, 8
+TYPICAL_LENGTH = 15  # tokens of a caption, for counting operations
+PEAK_SHAPES = ((2048, 768, 3072), (2048, 2048, 2048), (4096, 4096, 4096))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1)
-    parser.add_argument("--captions", type=int, default=128)
+    parser.add_argument("--captions", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args()
     torch.manual_seed(0)
-    model = IeftForImageTextRetrieval(IeftConfig()).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = IeftForImageTextRetrieval(IeftConfig()).eval().to(device)
     images = torch.rand(args.images, 3, model.config.image_size, model.config.image_size) * 2 - 1
     captions = draw_captions(args.captions, model.config.vocab_size)
-
-    ways = {"published loop": score_as_published, "score_matrix": score_matrix}
-    seconds = {name: [] for name in ways}
-    scores = {}
+    ways = ways_to_score(model)
+    seconds, scores = {name: [] for name in ways}, {}
+    peaks = {torch.float32: 0.0, torch.bfloat16: 0.0}
     for _ in range(args.repeats):
         for name, way in ways.items():
             start = time.perf_counter()
-            scores[name] = np.asarray(way(model, images, captions))
+            scores[name] = np.asarray(way(images, captions))
             seconds[name].append(time.perf_counter() - start)
-    report(scores, {name: min(each) for name, each in seconds.items()}, args)
+        peaks = {dtype: max(peak, matrix_product_peak(dtype, device)) for dtype, peak in peaks.items()}
+    scored = args.images * len({tuple(caption) for caption in captions})
+    report(scores, {name: min(each) for name, each in seconds.items()}, scored * gflop_of_a_pair(model), peaks, device)
 
 
-def draw_captions(count, vocab_size):
-    """Token ids of distinct sentences."""
-    draw = np.random.default_rng(0)
-    return [draw.integers(1000, vocab_size, draw.integers(*LENGTHS, endpoint=True)).tolist() for _ in range(count)]
+def ways_to_score(model):
+    """Name -> function of images and captions; each adds a saving to the one before."""
+    published = as_published(model)
+    sdpa = partial(loop, model, batch=SMALL_BATCH, trimmed=True)
+    without_prepacking = patch.object(ranking, "can_prepack", lambda model, dtype: False)
+    return {
+        "published loop": partial(loop, published, batch=PUBLISHED_BATCH),
+        "8 pairs at once": partial(loop, published, batch=SMALL_BATCH),
+        "captions of one length together": partial(loop, published, batch=SMALL_BATCH, trimmed=True),
+        "fused attention, linear maps": sdpa,
+        "last block for the text CLS alone": partial(sdpa, whole=False),
+        "each side once, equal captions once": partial(score, model, setting=without_prepacking),
+        "matrices laid out (score_matrix)": partial(score, model),
+        "bfloat16 (score_matrix)": partial(score, model, dtype=torch.bfloat16),
+    }
 
 
 @torch.no_grad()
-def score_as_published(model, images, captions):
-    """One plain forward pass for each pair, every caption padded: (I, C)."""
-    ids = torch.zeros(len(captions), PADDED_LENGTH, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, caption in enumerate(captions):
-        ids[row, : len(caption)] = torch.tensor(caption)
-        mask[row, : len(caption)] = 1
-    rows = []
-    for image in images:
-        scores = []
-        for some, their_mask in zip(ids.split(PAIRS_AT_ONCE), mask.split(PAIRS_AT_ONCE), strict=True):
-            pixels = image.expand(len(some), -1, -1, -1)  # (B, 3, H, W)
-            output = model(input_ids=some, attention_mask=their_mask, pixel_values=pixels, output_hidden_states=True)
-            scores.append(output.logits[:, 0])  # all tokens of the last block, as hidden states ask for
-        rows.append(torch.cat(scores))
-    return torch.stack(rows)
+def loop(model, images, captions, *, batch, trimmed=False, whole=True):
+    """Plain forward passes, `batch` captions at once with one image, padded or in batches of one length: (I, C)."""
+    groups = [np.arange(len(captions))]
+    if trimmed:
+        lengths = np.array([len(caption) for caption in captions])
+        groups = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
+    scores = torch.empty(len(images), len(captions))
+    for group in groups:
+        ids, mask = pad([captions[row] for row in group], len(captions[group[0]]) if trimmed else PADDED_LENGTH)
+        for rows, some, their_mask in zip(
+            np.split(group, range(batch, len(group), batch)), ids.split(batch), mask.split(batch), strict=True
+        ):
+            for image, pixels in enumerate(images):
+                output = model(
+                    input_ids=some.to(model.device),
+                    attention_mask=None if trimmed else their_mask.to(model.device),
+                    pixel_values=pixels.to(model.device).expand(len(some), -1, -1, -1),  # (B, 3, H, W)
+                    output_hidden_states=whole,  # which asks for all tokens of the last block
+                )
+                scores[image, rows] = output.logits[:, 0].cpu()
+    return scores
 
 
-def report(scores, seconds, args):
-    """The table, then one JSON line."""
-    pairs = args.images * args.captions
-    slow, fast = scores.values()
-    difference = float(np.abs(slow - fast).max())
-    print(f"{args.images} images x {args.captions} captions, full-size network, {torch.get_num_threads()} threads\n")
-    print(f"{'':16}{'seconds':>10}{'pairs/s':>10}{'ratio':>8}")
+def score(model, images, captions, *, dtype=None, setting=None):
+    """The engine: (I, C)."""
+    with setting or nullcontext():
+        return ranking.score_matrix(model, images, captions, dtype=dtype, progress=False)
+
+
+@torch.no_grad()
+def gflop_of_a_pair(model):
+    """Multiplications and additions of the engine for one pair whose halves are prepared, in 1e9."""
+    images = model.prepare_images(torch.zeros(1, *model.vilt.embeddings.patch_embeddings.expected).to(model.device))
+    captions = model.prepare_captions(torch.ones(1, TYPICAL_LENGTH, dtype=torch.long, device=model.device))
+    written_out = as_published(model)  # whose attention is counted as the products that it is
+    with FlopCounterMode(display=False) as counter:
+        written_out.score_prepared(captions, images)
+    return counter.get_total_flops() / 1e9
+
+
+def matrix_product_peak(dtype, device, repeats=5):
+    """The fastest of several large matrix products, in GFLOP/s."""
+    best = 0.0
+    for rows, inner, columns in PEAK_SHAPES:
+        left = torch.rand(rows, inner, device=device).to(dtype)
+        right = torch.rand(columns, inner, device=device).to(dtype)
+        for _ in range(repeats):
+            start = time.perf_counter()
+            torch.nn.functional.linear(left, right).sum().item()  # the sum waits for an accelerator
+            best = max(best, 2 * rows * inner * columns / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def report(scores, seconds, gflop, peaks, device):
+    """The table, then one JSON line. `gflop` is what the engine computed."""
+    (published, *_, exact, half), pairs = scores.values(), next(iter(scores.values())).size
+    num_images, num_captions = published.shape
+    print(
+        f"{num_images} images x {num_captions} captions of RSICD's lengths and repeats, full-size network, "
+        f"{torch.get_num_threads()} threads\n\n{'':38}{'seconds':>8}{'pairs/s':>9}{'ratio':>7}"
+    )
     base = seconds["published loop"]
     for name, each in seconds.items():
-        print(f"{name:16}{each:>10.2f}{pairs / each:>10.2f}{base / each:>8.2f}")
-    print(f"\nlargest difference of scores: {difference:.1e}")
-    measured = {"benchmark": "ranking", "pairs": pairs, "seconds": seconds, "largest_difference": difference}
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "device": platform.machine()}
-    print(json.dumps(measured | versions | {"threads": torch.get_num_threads()}))
+        print(f"{name:38}{each:>8.1f}{pairs / each:>9.2f}{base / each:>7.2f}")
+    of_exact, of_half = list(seconds.values())[-2:]
+    measured = {
+        "benchmark": "ranking",
+        "speedup_exact": base / of_exact,
+        "speedup_bf16": base / of_half,
+        "peak_gflops": peaks[torch.float32],
+        "peak_gflops_bf16": peaks[torch.bfloat16],
+        "peak_fraction": gflop / of_exact / peaks[torch.float32],
+        "peak_fraction_bf16": gflop / of_half / peaks[torch.bfloat16],
+        "max_abs_diff": max(float(np.abs(each - published).max()) for each in list(scores.values())[:-1]),
+        "max_abs_diff_bf16": float(np.abs(half - exact).max()),
+        "pairs": pairs,
+        "seconds": seconds,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    print(
+        f"\nfloat32: {gflop / of_exact:,.0f} GFLOP/s, {measured['peak_fraction']:.0%} of the machine's matrix-product "
+        f"peak; bfloat16: {gflop / of_half:,.0f}, {measured['peak_fraction_bf16']:.0%} of its own.\n"
+        f"Largest difference of scores: float32 {measured['max_abs_diff']:.1e}, bfloat16 "
+        f"{measured['max_abs_diff_bf16']:.1e}."
+    )
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

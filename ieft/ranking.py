@@ -4,9 +4,10 @@ In: a model, images as tensors by row, captions as token ids. Out: float32 score
 three methods are known here: `prepare_images`, `prepare_captions`, `score_prepared`.
 
 Nothing is computed twice: equal captions are scored once, each image and caption is embedded and projected for block 0
-once, and captions of one length are read together, so that none is padded. The work is cut into tiles, whole images
-with their captions. A tile's batches depend on what is ranked alone, never on who ranks it: any number of processes
-gives the same bits, and so does a run that was killed and begun again.
+once, and captions of one length are read together, so that none is padded; on a CPU the network's matrices are laid
+out beforehand. The work is cut into tiles, whole images with their captions. A tile's batches depend on what is ranked
+alone, never on who ranks it: any number of processes gives the same bits, and so does a run that was killed and begun
+again.
 """
 
 import hashlib
@@ -24,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+from ieft.prepacked import can_prepack, prepack
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +49,8 @@ def score_matrix(model, images, captions, *, dtype=None, batch_tokens=None, num_
     Args:
         images: I tensors (3, image_size, image_size) by row; read one tile at a time.
         captions: C lists of token ids, special tokens included, not padded.
-        dtype: torch.bfloat16 or torch.float16 for the matrix products, the rest staying in float32; None computes in
-            the model's own type.
+        dtype: torch.bfloat16 or torch.float16 for the matrix products, sums and layer norms staying in float32; None
+            computes in the model's own type.
         batch_tokens: tokens read at once, captions and images together; None chooses by device.
         num_workers: processes that read images ahead.
         progress: show a bar in pairs, on the main process.
@@ -146,14 +149,14 @@ def _score(model, images, captions, starts, pairs_of, title, *, dtype, batch_tok
     tiles = _cut_tiles(starts, TILE_PAIRS_ON_GPU if on_gpu else TILE_PAIRS)
     mine = tiles[rank::processes]
     bar = tqdm(total=len(scores), desc=title or None, unit=" pairs", disable=not title or rank > 0)
-    with _inference(model, dtype), bar:
-        cache = score_cache and _ScoreCache(score_cache, model, dtype, batch_tokens)
+    with _inference(model, dtype) as network, bar:
+        cache = score_cache and _ScoreCache(score_cache, model, [str(dtype), batch_tokens, network is model])
         loader = _read_images(images, [np.unique(pairs_of(*tile)[0]) for tile in mine], num_workers)
-        prepared_captions = _PreparedCaptions(model, captions)
+        prepared_captions = _PreparedCaptions(network, captions)
         for number, ((start, stop), pixels) in enumerate(zip(mine, loader, strict=True)):
             rows, columns = pairs_of(start, stop)
             rows = np.unique(rows, return_inverse=True)[1].reshape(-1)  # within this tile
-            compute = partial(_score_tile, model, pixels, prepared_captions, rows, columns, batch_tokens)
+            compute = partial(_score_tile, network, pixels, prepared_captions, rows, columns, batch_tokens)
             key = cache and cache.key(pixels, rows, [captions[column] for column in columns])
             scores[start:stop] = cache.get_or_compute(key, compute) if cache else compute()
             everyones = tiles[number * processes : (number + 1) * processes]
@@ -225,11 +228,10 @@ class _PreparedCaptions:
 class _ScoreCache:
     """Scores of finished tiles in a folder, one file each, named by all that the scores depend on."""
 
-    def __init__(self, folder, model, dtype, batch_tokens):
+    def __init__(self, folder, model, settings):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        settings = [str(dtype), batch_tokens, model.device.type, model.config._attn_implementation]
-        self.fingerprint = fingerprint(model, settings)
+        self.fingerprint = fingerprint(model, [*settings, model.device.type, model.config._attn_implementation])
 
     def key(self, pixels, rows, captions):
         """A tile's name, from its images (I, 3, H, W) and the row among them and token ids of each pair."""
@@ -289,12 +291,16 @@ def _sum_over_processes(scores, device):
 
 @contextmanager
 def _inference(model, dtype):
-    """Evaluation mode without gradients, in a chosen type; the model is left as it was found."""
+    """The network to compute with, in evaluation mode and without gradients; the model is left as it was found."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
-            yield
+        with torch.no_grad():
+            if can_prepack(model, dtype):
+                yield prepack(model, dtype)
+            else:
+                with torch.autocast(model.device.type, dtype=dtype, enabled=dtype not in (None, model.dtype)):
+                    yield model
     finally:
         for module, training in modes.items():
             module.training = training

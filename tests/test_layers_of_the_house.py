@@ -15,6 +15,7 @@ LAYERS = {
     "pipeline_ieft": 0,
     "ieft.metrics": 0,
     "ieft.scenes": 0,
+    "ieft.prepacked": 0,
     "ieft.ranking": 1,
     "ieft.batches": 2,
     "ieft.index": 2,

@@ -1,15 +1,21 @@
 """The ranking engine against a double loop of plain forward passes."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from configuration_ieft import IeftConfig
+from ieft import ranking
 from ieft.ranking import score_matrix, score_pairs
 from modeling_ieft import IeftForImageTextRetrieval
 
@@ -77,14 +83,25 @@ def test_empty_and_single(num_images, num_captions):
     np.testing.assert_allclose(scores, slow_matrix(model, images, captions), atol=1e-5)
 
 
-def test_equal_captions_are_scored_once():
+def test_nothing_is_computed_twice(monkeypatch):
     model, (images, captions) = make_model(), make_sides()
-    scored, score_prepared = [], model.score_prepared
-    model.score_prepared = lambda captions, images: (
-        scored.append(len(captions.hidden)) or score_prepared(captions, images)
-    )
+    counts = {"prepare_images": 0, "prepare_captions": 0, "score_prepared": 0}
+
+    def count(name):
+        original = getattr(IeftForImageTextRetrieval, name)
+
+        def counted(self, first, *others):
+            counts[name] += len(first.hidden if name == "score_prepared" else first)
+            return original(self, first, *others)
+
+        monkeypatch.setattr(IeftForImageTextRetrieval, name, counted)
+
+    for name in counts:
+        count(name)
     score_matrix(model, images, captions * 3, progress=False)
-    assert sum(scored) == 5 * 9
+    assert counts == {"prepare_images": 5, "prepare_captions": 9, "score_prepared": 5 * 9}
+    score_pairs(model, images, captions, [(0, 1), (2, 10), (2, 1), (0, 1)], progress=False)  # 1 and 10 are equal
+    assert counts == {"prepare_images": 7, "prepare_captions": 10, "score_prepared": 5 * 9 + 2}
 
 
 def test_pairs_are_entries_of_the_matrix():
@@ -112,29 +129,222 @@ def test_half_precision_ranks_nearly_the_same():
     assert np.corrcoef(exact.ravel(), half.ravel())[0, 1] > 0.99
 
 
-SHARE = """
-import sys, numpy as np, torch.distributed as dist
+def test_captions_beyond_those_kept_and_several_images_to_a_tile(monkeypatch):
+    model, (images, captions) = make_model(), make_sides()
+    expected = slow_matrix(model, images, captions)
+    monkeypatch.setattr(ranking, "KEPT_CAPTION_TOKENS", 3)
+    monkeypatch.setattr(ranking, "FEWEST_TILES", 2)  # tiles of two images
+    np.testing.assert_allclose(score_matrix(model, images, captions, progress=False), expected, atol=1e-5)
+
+
+@given(sizes=st.lists(st.integers(1, 30), max_size=200), tile_pairs=st.integers(1, 100))
+def test_tiles_are_whole_images_without_gap(sizes, tile_pairs):
+    starts = np.cumsum([0, *sizes])
+    tiles = ranking._cut_tiles(starts, tile_pairs)
+    assert [stop for _, stop in tiles[:-1]] == [start for start, _ in tiles[1:]]
+    assert not sizes or (tiles[0][0], tiles[-1][1]) == (0, starts[-1])
+    for start, stop in tiles:
+        assert start in starts and stop in starts and stop > start
+        num_images = np.searchsorted(starts, stop) - np.searchsorted(starts, start)
+        assert num_images == 1 or (stop - start <= tile_pairs and num_images <= len(sizes) // ranking.FEWEST_TILES)
+
+
+def test_memory_is_flat_in_the_number_of_images():
+    model, (_, captions) = make_model(), make_sides()
+
+    class ManyImages:
+        alive = most = 0
+
+        def __len__(self):
+            return 200
+
+        def __getitem__(self, row):
+            image = torch.full((3, 32, 32), row / 200)
+            ManyImages.alive += 1
+            ManyImages.most = max(ManyImages.most, ManyImages.alive)
+            weakref.finalize(image, self.let_go)
+            return image
+
+        @staticmethod
+        def let_go():
+            ManyImages.alive -= 1
+
+    assert score_matrix(model, ManyImages(), captions, progress=False).shape == (200, 11)
+    assert ManyImages.most <= 2 * (200 // ranking.FEWEST_TILES)
+
+
+@pytest.mark.parametrize(
+    "pairs, message",
+    [
+        ([(0, 1, 2)], r"\(N, 2\) expected"),
+        ([(0, 0), (5, 0)], "rows below 5 .images. and 11"),
+        ([(0, -1)], "rows below"),
+    ],
+)
+def test_wrong_pairs_say_what_was_expected(pairs, message):
+    model, (images, captions) = make_model(), make_sides()
+    with pytest.raises(ValueError, match=message):
+        score_pairs(model, images, captions, pairs, progress=False)
+
+
+def test_a_caption_without_tokens_is_an_error():
+    model, (images, captions) = make_model(), make_sides()
+    with pytest.raises(ValueError, match="caption 2 is empty"):
+        score_matrix(model, images, [*captions[:2], []], progress=False)
+
+
+def test_the_bar_counts_pairs(capsys):
+    model, (images, captions) = make_model(), make_sides()
+    score_matrix(model, images, captions)
+    assert "45/45" in capsys.readouterr().err  # distinct captions
+
+
+# Kept scores -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """The number of pairs each forward pass scored."""
+    passes, original = [], IeftForImageTextRetrieval.score_prepared
+
+    def counted(self, captions, images):
+        passes.append(len(captions.hidden))
+        return original(self, captions, images)
+
+    monkeypatch.setattr(IeftForImageTextRetrieval, "score_prepared", counted)
+    return passes
+
+
+def test_finished_tiles_are_not_computed_again(scored, tmp_path):
+    model, (images, captions) = make_model(), make_sides()
+    plain = score_matrix(model, images, captions, progress=False)
+    first = score_matrix(model, images, captions, progress=False, score_cache=tmp_path)
+    assert np.array_equal(first, plain) and len(list(tmp_path.iterdir())) == 5
+    scored.clear()
+    again = score_matrix(model, images, captions, progress=False, score_cache=tmp_path)
+    assert np.array_equal(again, plain) and not scored
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-5], lambda content: content[:-1] + b"?", lambda _: b""])
+def test_a_damaged_tile_is_computed_again(scored, tmp_path, damage):
+    model, (images, captions) = make_model(), make_sides()
+    first = score_matrix(model, images, captions, progress=False, score_cache=tmp_path)
+    tile = sorted(tmp_path.iterdir())[2]
+    tile.write_bytes(damage(tile.read_bytes()))
+    scored.clear()
+    again = score_matrix(model, images, captions, progress=False, score_cache=tmp_path)
+    assert np.array_equal(again, first) and sum(scored) == 9
+    scored.clear()
+    assert np.array_equal(score_matrix(model, images, captions, progress=False, score_cache=tmp_path), first)
+    assert not scored  # written whole again
+
+
+def change_weights(model, images, captions, options):
+    with torch.no_grad():
+        model.rank_output.bias += 1
+
+
+def change_configuration(model, images, captions, options):
+    model.vilt.config.layer_norm_eps = model.config.layer_norm_eps = 1e-2
+
+
+def change_images(model, images, captions, options):
+    images[:, 0, 0, 0] += 0.5
+
+
+def change_captions(model, images, captions, options):
+    captions[0][0] += 1
+
+
+def change_type(model, images, captions, options):
+    options["dtype"] = torch.bfloat16
+
+
+@pytest.mark.parametrize("change", [change_weights, change_configuration, change_images, change_captions, change_type])
+def test_whatever_changes_starts_afresh(scored, tmp_path, change):
+    model, (images, captions) = make_model(), make_sides()
+    score_matrix(model, images, captions, progress=False, score_cache=tmp_path)
+    options = {}
+    change(model, images, captions, options)
+    scored.clear()
+    again = score_matrix(model, images, captions, progress=False, score_cache=tmp_path, **options)
+    assert sum(scored) >= 45
+    assert np.array_equal(again, score_matrix(model, images, captions, progress=False, **options))
+
+
+SLOWLY = """
+import sys, time, torch
 sys.path[:0] = ["tests"]
 from test_ranking import make_model, make_sides
 from ieft.ranking import score_matrix
-dist.init_process_group("gloo")
-images, captions = make_sides(num_images=int(sys.argv[1]))
-scores = score_matrix(make_model(), images, captions, progress=False)
-np.save(f"{sys.argv[2]}/{dist.get_rank()}.npy", scores)
+
+class SlowImages:
+    def __init__(self, images):
+        self.images = images
+    def __len__(self):
+        return len(self.images)
+    def __getitem__(self, row):
+        time.sleep(0.5 if row < 2 else 100)  # killed while it waits for the third
+        return self.images[row]
+
+torch.set_num_threads(1)
+images, captions = make_sides()
+score_matrix(make_model(), SlowImages(images), captions, score_cache=sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("num_images", [1, 5])
-def test_two_processes_give_the_same_bits_as_one(num_images, tmp_path):
+def test_a_killed_run_goes_on_where_it_stopped(scored, tmp_path):
+    script = tmp_path / "slowly.py"
+    script.write_text(SLOWLY)
+    cache = tmp_path / "scores"
+    process = subprocess.Popen([sys.executable, str(script), str(cache)], cwd=ROOT, env=run_environment())
+    deadline = time.monotonic() + 120
+    while len(list(cache.glob("*.safetensors"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    model, (images, captions) = make_model(), make_sides()
+    scores = score_matrix(model, images, captions, progress=False, score_cache=cache)
+    assert sum(scored) == 3 * 9  # two of five images were done
+    assert np.array_equal(scores, score_matrix(model, images, captions, progress=False))
+
+
+# Several processes -------------------------------------------------------------------------------------------------
+
+SHARE = """
+import sys, numpy as np, torch, torch.distributed as dist
+sys.path[:0] = ["tests"]
+from test_ranking import PAIRS, make_model, make_sides
+from ieft.ranking import score_matrix, score_pairs
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+for num_images in (0, 1, 5):
+    images, captions = make_sides(num_images=num_images)
+    scores = score_matrix(make_model(), images, captions, progress=False, score_cache=f"{sys.argv[1]}/kept")
+    np.save(f"{sys.argv[1]}/{num_images}_{dist.get_rank()}.npy", scores)
+np.save(f"{sys.argv[1]}/pairs_{dist.get_rank()}.npy", score_pairs(make_model(), images, captions, PAIRS))
+dist.barrier()
+dist.destroy_process_group()
+"""
+PAIRS = [(4, 0), (0, 10), (4, 3), (2, 2), (0, 1), (4, 0)]
+
+
+def run_environment():
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_two_processes_give_the_same_bits_as_one(tmp_path):
     script = tmp_path / "share.py"
     script.write_text(SHARE)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(num_images), str(tmp_path)], cwd=ROOT, env=environment, check=True, timeout=120)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    images, captions = make_sides(num_images=num_images)
-    alone = score_matrix(make_model(), images, captions, progress=False)
-    torch.set_num_threads(threads)
+    subprocess.run([*command, str(tmp_path)], cwd=ROOT, env=run_environment(), check=True, timeout=120)
+    for num_images in (0, 1, 5):  # fewer than processes; a number that they do not divide
+        images, captions = make_sides(num_images=num_images)
+        alone = score_matrix(make_model(), images, captions, progress=False)
+        for rank in (0, 1):
+            assert np.array_equal(np.load(tmp_path / f"{num_images}_{rank}.npy"), alone)
+    assert len(list((tmp_path / "kept").iterdir())) == 1 + 5  # each tile once
+    pairs = score_pairs(make_model(), images, captions, PAIRS, progress=False)
     for rank in (0, 1):
-        assert np.array_equal(np.load(tmp_path / f"{rank}.npy"), alone)
+        assert np.array_equal(np.load(tmp_path / f"pairs_{rank}.npy"), pairs)
