@@ -26,6 +26,6 @@ lint: $(INSTALLED)  ## Check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-
-bench: $(INSTALLED)  ## Measure how fast images are ranked
+bench: $(INSTALLED)  ## Measure how fast images are ranked, and a training step
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_ranking.py
+	PYTHONPATH=. $(BIN)/python benchmarks/bench_training.py

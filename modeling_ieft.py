@@ -176,6 +176,25 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
             raise ValueError("pixel_mask of ones expected: IEFT reads the whole square image. Leave pixel_mask out.")
         text = self.embeddings.mark_captions(self.embed_captions(input_ids, token_type_ids, inputs_embeds))
         image = self.embeddings.mark_images(self.embed_images(pixel_values, image_embeds))
+        pairs, attention_mask = self._pair_up(text, image, attention_mask, pair_images, pair_captions)
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        last, all_hidden_states, attentions = self.encode(
+            pairs, attention_mask, num_queries=num_queries, output_attentions=output_attentions
+        )
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=last,
+            pooler_output=None if self.pooler is None else self.pooler(last),
+            hidden_states=all_hidden_states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    @staticmethod
+    def _pair_up(text, image, attention_mask, pair_images, pair_captions):
+        """Marked captions (C, L, D) with images (I, 1+P, D): tokens (B, S, D), and the mask (B, S) or None."""
         if attention_mask is not None and attention_mask.shape != text.shape[:2]:
             raise ValueError(
                 f"attention_mask of shape {tuple(text.shape[:2])} expected, as the captions; got "
@@ -193,23 +212,7 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
             )
         if attention_mask is not None:
             attention_mask = nn.functional.pad(attention_mask, (0, image.shape[1]), value=1)  # (B, S)
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        last, all_hidden_states, attentions = self.encode(
-            torch.cat([text, image], dim=1),  # (B, S, D)
-            attention_mask,
-            num_queries=num_queries,
-            output_attentions=output_attentions,
-        )
-        output = BaseModelOutputWithPooling(
-            last_hidden_state=last,
-            pooler_output=None if self.pooler is None else self.pooler(last),
-            hidden_states=all_hidden_states if output_hidden_states else None,
-            attentions=attentions if output_attentions else None,
-        )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+        return torch.cat([text, image], dim=1), attention_mask
 
 
 class IeftForImageTextRetrieval(IeftPreTrainedModel):

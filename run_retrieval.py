@@ -12,11 +12,13 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import datasets
+import torch
 import transformers
 from datasets import concatenate_datasets
 from transformers import HfArgumentParser, set_seed
@@ -215,6 +217,8 @@ def choose_recipe(given):
     together = {name: given.get(name, recipe[name]) for name in ("eval_strategy", "save_strategy")}
     if together["eval_strategy"] == together["save_strategy"] != "no":
         recipe |= {"load_best_model_at_end": True, "metric_for_best_model": "mean_recall", "greater_is_better": True}
+    if torch.cuda.is_available():  # a CPU that trains has no time to spare for workers beside it
+        recipe |= {"dataloader_num_workers": min(8, os.cpu_count()), "dataloader_persistent_workers": True}
     return recipe | {"remove_unused_columns": False}
 
 

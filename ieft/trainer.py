@@ -155,7 +155,8 @@ class IeftTrainer(Trainer):
     def score(self, evaluation_set, **options):
         """Every image with every caption: float32 (I, C), the same on every process. Options as `score_matrix`."""
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        options = {"dtype": dtype, "progress": not self.args.disable_tqdm} | options
+        workers = self.args.dataloader_num_workers
+        options = {"dtype": dtype, "progress": not self.args.disable_tqdm, "num_workers": workers} | options
         model = self.accelerator.unwrap_model(self.model)
         return score_matrix(model, evaluation_set.images, evaluation_set.caption_tokens, **options)
 
