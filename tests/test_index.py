@@ -185,13 +185,14 @@ def test_the_vector_index_finds_what_the_comparison_does(index, monkeypatch):
     vectors = draw.normal(size=(len(rows), 8)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     index.table.add([row | {"file": str(number), "vector": vectors[number]} for number, row in enumerate(rows)])
-    queries = draw.normal(size=(10, 8))
+    queries = draw.normal(size=(100, 8))
     exact = [[hit["file"] for hit in index.shortlist(query, 10)] for query in queries]
     monkeypatch.setattr(index_module, "FEWEST_FOR_VECTOR_INDEX", 1000)
     index.optimize()
     assert [found.index_type for found in index.table.list_indices()] == ["IvfPq"]
     found = [[hit["file"] for hit in index.shortlist(query, 10)] for query in queries]
-    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)]) > 0.85  # chance is 0.003
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)])
+    assert recall > 0.7  # about 0.86 with one byte a vector, whose code book is drawn at random; chance is 0.003
 
 
 ADD = """
