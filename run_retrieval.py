@@ -112,6 +112,10 @@ class ModelArguments:
     fit: str | None = field(
         default=None, metadata={"help": "Images that are not square: crop (default) or squash, or as the checkpoint."}
     )
+    enhancement_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "From scratch: blocks that a visual enhancement stage precedes, other than the network's."},
+    )
     contrastive_dim: int = field(
         default=256,
         metadata={"help": "Width of the contrastive embeddings, made where --contrastive_weight is above 0."},
@@ -334,6 +338,8 @@ def load_model(model_args, args, captions):
         return load_any_checkpoint(model_args.model_name_or_path, fit=model_args.fit, contrastive_dim=kept)
     tokenizer = learn_tokenizer(caption for of_image in captions for caption in of_image)
     network = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | NETWORKS[model_args.network]
+    if model_args.enhancement_layers is not None:
+        network["enhancement_layers"] = model_args.enhancement_layers
     model = IeftForImageTextRetrieval(IeftConfig(**network, contrastive_dim=contrastive_dim))
     image_processor = IeftImageProcessor(model.config.image_size, model_args.fit or "crop")
     return model, IeftProcessor(image_processor, tokenizer)
