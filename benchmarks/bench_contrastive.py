@@ -1,4 +1,4 @@
-"""Whether the contrastive loss, which search needs, costs the ranking head any recall: synthetic scenes, several seeds.
+"""Whether the contrastive loss, which search needs, costs the ranking head any recall: scenes, several seeds.
 
     PYTHONPATH=. python benchmarks/bench_contrastive.py --output_dir outputs/contrastive
 
