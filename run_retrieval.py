@@ -22,12 +22,12 @@ import torch
 import transformers
 from datasets import concatenate_datasets
 from transformers import HfArgumentParser, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_ieft import IeftConfig
 from convert_checkpoint import load_any_checkpoint
 from ieft.bad_rows import BadRowsError, save_bad_rows
 from ieft.batches import EvaluationSet, TrainingItems, learn_tokenizer
+from ieft.checkpoints import explained_if_not_written, find_damage, find_last_checkpoint, write_json
 from ieft.hub import push_folder, write_model_card
 from ieft.report import ranked_sheet, recall_table, training_curves, two_stage_table
 from ieft.trainer import IeftTrainer, IeftTrainingArguments
@@ -189,7 +189,8 @@ def main(arguments=None):
     if args.do_train:
         trainer.train(resume_from_checkpoint=find_checkpoint(args))
         trainer.log_metrics("train", trainer.state.log_history[-1])
-    trainer.save_model()
+    with explained_if_not_written("The model", args.output_dir):
+        trainer.save_model()
     if args.do_eval:
         save_results(trainer, "eval", trainer.evaluate(), data_args)
     results = predict(trainer, processor, splits["test"], data_args, len(bad_rows)) if args.do_predict else None
@@ -365,17 +366,25 @@ def find_checkpoint(args):
     """The checkpoint to go on from, or None to begin.
 
     Raises:
-        ValueError: where the output folder holds an earlier run that would be written over.
+        ValueError: where the output folder holds an earlier run that would be written over, or the checkpoint asked
+            for is damaged.
     """
     wish = str(args.resume_from_checkpoint or "false")
     if wish.lower() not in ("true", "false"):
+        damage = find_damage(wish) if Path(wish).is_dir() else "no such folder"
+        if damage:
+            raise ValueError(f"--resume_from_checkpoint {wish}: {damage}. Pass true to take the last whole one.")
         return wish
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if last and wish.lower() == "false":
+    last, damages = find_last_checkpoint(args.output_dir)
+    if (last or damages) and wish.lower() == "false":
         raise ValueError(
             f"{args.output_dir} holds an earlier run, which is not written over. Pass --resume_from_checkpoint true "
             "to go on from its last checkpoint, or another --output_dir."
         )
+    for damage in damages:
+        logger.warning("Not whole, and not gone on from: %s.", damage)
+    if damages or last:
+        logger.warning("Going on from %s.", last or "the beginning: no checkpoint is whole")
     return last
 
 
@@ -428,10 +437,6 @@ def save_results(trainer, name, results, data_args):
     before = json.loads(everything.read_text(encoding="utf-8")) if everything.exists() else {}
     write_json(everything, before | results)
     write_json(everything.with_name(f"{name}_results.json"), results)
-
-
-def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -130,6 +130,8 @@ class TrainingItems(Dataset):
         _check_choice("augmentation", augmentation, AUGMENTATIONS)
         self.images = SplitImages(split, processor)
         captions, self.caption_image, self.caption_text_id = keep_unique_captions(split["captions"])
+        self.captions = captions
+        self.filenames = split["filename"] if "filename" in split.column_names else None
         self.caption_tokens = tokenize(captions, processor)
         self.pad_token_id = processor.tokenizer.pad_token_id
         self.num_negatives = num_negatives
@@ -168,8 +170,11 @@ class TrainingItems(Dataset):
         Returns:
             dict: `pixel_values` (I, 3, S, S); `input_ids` and `attention_mask` (C, L), padded to the longest;
             `candidates` (I, 1 + num_negatives) columns of the captions, the own one first; `is_match` (I, C) where a
-            caption is a sentence that the image carries.
+            caption is a sentence that the image carries. For whoever puts batches together or names them: `items`
+            (I,); `text_ids` (I,) of the own captions, equal for equal sentences; `image_text_ids` (I, T) of all that
+            the images carry, filled up with -1.
         """
+        own = np.array([item["captions"][0] for item in items])
         rows, columns = np.unique(np.stack([item["captions"] for item in items]), return_inverse=True)
         tokens = [torch.tensor(self.caption_tokens[row]) for row in rows]
         input_ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=self.pad_token_id)
@@ -183,7 +188,20 @@ class TrainingItems(Dataset):
             "is_match": torch.from_numpy(
                 np.stack([np.isin(text_ids, self.image_text_ids[item["image"]]) for item in items])
             ),
+            "items": torch.from_numpy(own),
+            "text_ids": torch.from_numpy(self.caption_text_id[own]),
+            "image_text_ids": torch.nn.utils.rnn.pad_sequence(
+                [torch.from_numpy(self.image_text_ids[item["image"]]) for item in items],
+                batch_first=True,
+                padding_value=-1,
+            ),
         }
+
+    def describe(self, items):
+        """Filename (or row) and caption of each of some items."""
+        images = [int(self.caption_image[item]) for item in items]
+        names = [f"image {image}" if self.filenames is None else self.filenames[image] for image in images]
+        return [{"filename": name, "caption": self.captions[item]} for name, item in zip(names, items, strict=True)]
 
     def _augmented(self, image, generator):
         if self.augmentation == "none":

@@ -6,21 +6,32 @@ knows nothing of datasets' names, folders or pictures.
 Two losses. Ranking (Tang et al. 2023): cross-entropy over the matching scores of an image with its own caption and
 with others. Contrastive (as CLIP; weight 0 in the published recipe): cross-entropy, both ways, over the similarities
 of images and captions read alone by the same network. With the contrastive loss on, the ranking loss takes groups of
-images in the batch, later groups that are hard by contrastive similarity, and scores all pairs of a group.
+images in the batch, later groups that are hard by contrastive similarity, and scores all pairs of a group. The batch
+is that of all processes together: any number of them gives the same groups and the same loss.
+
+What can go wrong in a long run ends it with a report, before it can spoil weights or checkpoints; a run that was
+killed goes on from its last checkpoint to the same weights.
 """
 
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
+from ieft.checkpoints import STATE, UNFINISHED, explained_if_not_written, publish, write_json
 from ieft.metrics import retrieval_recalls
 from ieft.neighbours import NeighbourSampler
+from ieft.processes import gather_rows, process_count, process_rank, sum_over_processes
 from ieft.ranking import score_matrix
 
 BATCHES = ("shuffled", "neighbours")
+MAX_OVERFLOWS = 25  # in a row: by then the loss scale has fallen from 65536 below 1, and float16 is not the cause
 
 
 @dataclass
@@ -78,6 +89,10 @@ class IeftTrainer(Trainer):
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
         self.model_accepts_loss_kwargs = False  # the model's keyword arguments are about pairs, not about losses
         self.add_callback(_EpochOfItems(train_dataset))
+        self.add_callback(_GradientsChecked(self))
+        self._recent_batches = []  # of the step at hand
+        self._overflows = 0  # steps in a row that float16 could not hold
+        self._is_saving = False
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.batches == "neighbours":
@@ -90,7 +105,7 @@ class IeftTrainer(Trainer):
         if self.args.contrastive_weight:
             own = inputs["candidates"][:, 0]  # row i of the captions becomes that of image i
             tensors |= {name: tensors[name][own] for name in ("input_ids", "attention_mask")}
-            loss = self._contrastive_and_group_loss(model, tensors, inputs["is_match"][:, own])
+            loss = self._contrastive_and_group_loss(model, tensors, self._matches_in_batch(inputs))
         else:
             loss = self._candidate_loss(model, tensors, inputs["candidates"])
         return (loss, {}) if return_outputs else loss
@@ -105,23 +120,41 @@ class IeftTrainer(Trainer):
         ).logits.view(candidates.shape)  # (I, N)
         return cross_entropy(scores.float(), torch.zeros_like(images))
 
+    def _matches_in_batch(self, inputs):
+        """(B, B), B rows on all processes: where the image of one carries the sentence of another."""
+        if process_count() == 1:
+            return inputs["is_match"][:, inputs["candidates"][:, 0]]
+        carried = gather_rows(inputs["image_text_ids"], fill=-1)  # (B, T)
+        return (carried[:, :, None] == gather_rows(inputs["text_ids"])).any(dim=1)
+
     def _contrastive_and_group_loss(self, model, tensors, is_match):
-        """Each image with the caption of its own row; `is_match` (I, I)."""
+        """The images (I) of this process with the captions of their rows, in the batch of all (B); `is_match` (B, B).
+
+        Each process reads the captions of all, which cost little, and scores the images of its own.
+        """
         progress = self.state.global_step / max(1, self.state.max_steps)
         ranks = progress >= self.args.ranking_start
         groups = self._choose_groups(tensors, is_match, mined=progress >= self.args.mining_start)  # (K, N)
         # Before it starts, the ranking head is read for one pair and multiplied by 0: every parameter has a gradient.
         groups = groups if ranks else groups[:1, :1]
-        size = groups.shape[1]
+        size, num_images = groups.shape[1], len(tensors["pixel_values"])
+        images = groups.flatten() - process_rank() * num_images  # (K*N,) rows of this process, where in 0..I-1
+        own = torch.nonzero((images >= 0) & (images < num_images))[:, 0]
+        places = own if len(own) else own.new_zeros(1)  # a process without an image in any group reads one for nothing
         outputs = model(
-            **tensors,
-            pair_images=groups[:, :, None].expand(-1, -1, size).flatten(),
-            pair_captions=groups[:, None, :].expand(-1, size, -1).flatten(),
+            pixel_values=tensors["pixel_values"],
+            input_ids=gather_rows(tensors["input_ids"]),
+            attention_mask=gather_rows(tensors["attention_mask"]),
+            pair_images=images[places].clamp(0, num_images - 1).repeat_interleave(size),
+            pair_captions=groups[places // size].flatten(),
             output_features=True,
         )
-        similarity = outputs.similarity_scale * outputs.image_features @ outputs.text_features.T  # (I, I)
+        image_features = gather_rows(outputs.image_features)
+        similarity = outputs.similarity_scale * image_features @ outputs.text_features.T  # (B, B)
         contrastive = matching_loss(similarity[None].float(), is_match[None])
-        scores = outputs.logits.view(-1, size, size).float()  # (K, N, N)
+        scores = outputs.logits.view(-1, size).float() * bool(len(own))
+        scores = scores.new_zeros(len(images), size).index_copy(0, places, scores)
+        scores = sum_over_processes(scores).view(-1, size, size)  # (K, N, N)
         ranking = matching_loss(scores, is_match[groups[:, :, None], groups[:, None, :]])
         return self.args.contrastive_weight * contrastive + (ranking if ranks else 0.0 * scores.sum())
 
@@ -139,15 +172,121 @@ class IeftTrainer(Trainer):
     @torch.no_grad()
     def _mine_neighbours(self, tensors, is_match, *, anchors, size):
         """Each anchor row with the `size` - 1 rows that the contrastive heads confuse it with most."""
-        model = self.accelerator.unwrap_model(self.model).eval()  # compared without dropout
+        model = self.model_wrapped.eval()  # compared without dropout; wrapped, since its weights may be in shards
         with self.compute_loss_context_manager():
-            image_features = model.get_image_features(tensors["pixel_values"])
-            text_features = model.get_text_features(tensors["input_ids"], tensors["attention_mask"])
+            one = torch.zeros_like(anchors[:1])
+            outputs = model(**tensors, pair_images=one, pair_captions=one, output_features=True)
         model.train()
-        similarity = (image_features @ text_features.T).float()
+        similarity = (gather_rows(outputs.image_features) @ gather_rows(outputs.text_features).T).float()
         similarity = (similarity + similarity.T).masked_fill(is_match | is_match.T, -torch.inf)
         neighbours = similarity[anchors].topk(size - 1, dim=1).indices  # (K, N - 1)
-        return torch.cat([anchors[:, None], neighbours], dim=1)
+        groups = torch.cat([anchors[:, None], neighbours], dim=1)
+        return broadcast(groups)  # machines that are not alike may round, and so choose, differently
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As the Trainer's; batches are remembered until the optimizer has taken their step.
+
+        Raises:
+            FloatingPointError: for a loss that is no number, before anything is learnt from it.
+        """
+        self._recent_batches.append(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss) and self.accelerator.scaler is None:
+            self._stop(f"The loss is {loss.item()}")
+        return loss
+
+    def check_gradients(self):
+        """Before the optimizer's step.
+
+        With float16 a gradient that overflowed is left out by the loss scaler, which then lowers its scale; that is
+        counted alone.
+
+        Raises:
+            FloatingPointError: for gradients that are no numbers; with float16, from the 26th time in a row.
+        """
+        gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._overflows = 0 if torch.isfinite(norm) else self._overflows + 1
+        if self._overflows > (0 if self.accelerator.scaler is None else MAX_OVERFLOWS):
+            self._stop(f"The gradient's norm is {norm.item()}, for {self._overflows} steps in a row")
+        self._recent_batches.clear()
+
+    def _stop(self, problem):
+        """Name the batch, in a file and in the error."""
+        path = Path(self.args.output_dir) / f"bad_batch_{self.args.process_index}.json"
+        entries = [entry for batch in self._recent_batches for entry in self._describe(batch)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"step": self.state.global_step + 1, "problem": problem, "batch": entries})
+        unreadable = [entry["filename"] for entry in entries if not entry["pixels_are_finite"]]
+        shown = "; ".join(f"{entry['filename']}: {entry['caption']}" for entry in entries[:3])
+        raise FloatingPointError(
+            f"{problem} in step {self.state.global_step + 1}. Nothing was learnt from that step. Its batch of "
+            f"{len(entries)} ({shown}...) is listed in {path}. "
+            + (f"These images have pixels that are no numbers: {', '.join(unreadable)}. " if unreadable else "")
+            + "If its images and captions are in order, lower --learning_rate; --resume_from_checkpoint true goes on "
+            "from the last checkpoint."
+        )
+
+    def _describe(self, batch):
+        """Filename, caption, and whether the pixels are numbers, of each row of a batch."""
+        finite = torch.isfinite(batch["pixel_values"]).flatten(1).all(dim=1).tolist()
+        rows = self.train_dataset.describe(batch["items"].tolist())
+        return [row | {"pixels_are_finite": each} for row, each in zip(rows, finite, strict=True)]
+
+    def _run_epoch(self, **options):
+        """A run that is gone on with after its last step takes no other: the Trainer alone would take one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**options)
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / UNFINISHED) if self._is_saving else folder
+
+    def _save_checkpoint(self, model, trial):
+        """As the Trainer's, but written under another name, and given its own when every process has written its part.
+
+        Raises:
+            FloatingPointError: for weights that are no numbers, which are not saved.
+            OSError: for a disk that is full; the earlier checkpoints stay.
+        """
+        self._check_weights()
+        folder = Path(self._get_output_dir(trial))
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        unfinished = folder / UNFINISHED / checkpoint.name
+        if self.is_local_process_zero():
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._is_saving = True
+        try:
+            with explained_if_not_written(f"The checkpoint of step {self.state.global_step}", folder):
+                super()._save_checkpoint(model, trial)
+                if self.state.best_global_step == self.state.global_step:
+                    self.state.best_model_checkpoint = str(checkpoint)
+                if self.args.should_save:
+                    self.state.save_to_json(str(unfinished / STATE))
+        except OSError:
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
+            raise
+        finally:
+            self._is_saving = False
+        self._publish(unfinished, checkpoint)
+
+    def _publish(self, unfinished, checkpoint):
+        for is_its_turn in (self.is_world_process_zero(), self.is_local_process_zero()):
+            self.accelerator.wait_for_everyone()
+            if is_its_turn and unfinished.exists():  # the second time: on machines with a disk of their own
+                publish(unfinished, checkpoint)
+                unfinished.parent.rmdir()
+                best = self.state.best_model_checkpoint
+                rotate_checkpoints(str(checkpoint.parent), self.args.save_total_limit, best, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def _check_weights(self):
+        for name, weight in self.model.named_parameters():
+            if not torch.isfinite(weight).all():
+                self._stop(f"After the optimizer's step {name} is not finite. The checkpoint is not written")
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Rank the whole matrix of one evaluation set, or of each in a dict.
@@ -192,8 +331,26 @@ class _EpochOfItems(TrainerCallback):
     def __init__(self, items):
         self.items = items
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """What the Trainer leaves undone: the best checkpoint of a folder that was moved; dropout that differs."""
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)
+        if args.world_size > 1:  # equal seeds would drop the same units for each process's images
+            torch.manual_seed(args.seed + args.process_index)
+
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.items.set_epoch(int(np.floor((state.epoch or 0) + 1e-6)))
+
+
+class _GradientsChecked(TrainerCallback):
+    """Looks at the gradients before the optimizer does."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.check_gradients()
 
 
 def matching_loss(scores, is_match):

@@ -1,0 +1,125 @@
+"""Checkpoints that are whole, or are not there.
+
+In: a folder that a Trainer fills. Out: its checkpoint under its name once every byte of it is on the disk; the newest
+whole one. It knows nothing of networks.
+
+A process may be killed, a disk may fill up and a machine lose power at any byte. So a checkpoint is written under
+another name, flushed to the disk, and given its own name by one rename. What was written by other means (an older
+version, a copy that was interrupted) is read through before it is trusted.
+"""
+
+import json
+import os
+import re
+import shutil
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+UNFINISHED = ".unfinished"  # in the output folder; found there after a kill, it is removed by the next save
+PICKLES = (".pt", ".pth", ".bin")  # zip files inside, with a checksum of each tensor
+STATE = "trainer_state.json"
+
+
+def find_last_checkpoint(folder):
+    """The newest checkpoint of a folder that is whole.
+
+    Returns:
+        str | None: its path; and a list of "PATH: what is wrong" of the newer ones that are not.
+    """
+    numbered = [re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(folder).glob("*/")]
+    damages = []
+    for name in sorted(filter(None, numbered), key=lambda name: -int(name[1])):
+        path = Path(folder) / name[0]
+        damage = find_damage(path)
+        if damage is None:
+            return str(path), damages
+        damages.append(f"{path}: {damage}")
+    return None, damages
+
+
+def find_damage(checkpoint):
+    """What keeps a checkpoint from being gone on from, or None. Reads it through."""
+    checkpoint = Path(checkpoint)
+    for path in sorted(checkpoint.rglob("*")):
+        try:
+            _read_through(path)
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+            return f"{path.name} is damaged ({str(error) or type(error).__name__})"
+    names = [path.name for path in checkpoint.glob("*")]
+    if STATE not in names:
+        return f"{STATE}, which is written last, is missing"
+    # Of one process or sharded; DeepSpeed's are in global_step*, and hold the weights too.
+    if not any(name.startswith(("model", "pytorch_model", "global_step")) for name in names):
+        return "it holds no weights"
+    if not any(name.startswith(("optimizer", "global_step")) for name in names):
+        return "it holds no state of the optimizer (start another run from its weights: --model_name_or_path)"
+    if not any(name.startswith("rng_state") for name in names):
+        return "it holds no state of the random generators"
+    return None
+
+
+def _read_through(path):
+    if path.suffix == ".json":
+        json.loads(path.read_text(encoding="utf-8"))
+    elif path.suffix == ".safetensors":
+        with safe_open(path, framework="np"):
+            pass  # its size is held against its header
+    elif path.suffix in PICKLES:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
+        if broken:
+            raise ValueError(f"the checksum of {broken} does not fit")
+
+
+def publish(unfinished, checkpoint):
+    """Give a finished folder its name, in one step. One that bears the name already is replaced."""
+    unfinished, checkpoint = Path(unfinished), Path(checkpoint)
+    for path in unfinished.rglob("*"):
+        _flush(path)
+    _flush(unfinished)
+    replaced = unfinished.with_name("replaced")
+    if checkpoint.exists():
+        os.replace(checkpoint, replaced)
+    os.replace(unfinished, checkpoint)
+    _flush(checkpoint.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _flush(path):
+    """To the disk: a rename may otherwise outlive, in a power cut, what was renamed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explained_if_not_written(what, folder):
+    """Errors of writing end in one that says what is left.
+
+    Raises:
+        OSError: in the place of OSError, and of what torch and safetensors raise when a disk is full.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        last, _ = find_last_checkpoint(folder)
+        left = f"{last} is whole: make room, and --resume_from_checkpoint true goes on from there"
+        left = left if last else "There is no earlier checkpoint: make room and begin again"
+        megabytes = shutil.disk_usage(folder).free / 1e6
+        raise OSError(
+            f"{what} could not be written to {folder} ({error}); {megabytes:,.1f} MB are free there. {left}."
+        ) from error
+
+
+def write_json(path, content):
+    """A JSON file, written beside and renamed: whoever is killed leaves the old one or the new one."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path)
