@@ -188,8 +188,8 @@ def _read_images(images, rows_of_tiles, num_workers):
 
 def _score_tile(model, pixels, captions, rows, columns, batch_tokens):
     """Scores of a tile's pairs; `rows` are those of `pixels`, which may be states."""
-    given = "image_states" if pixels.dim() == 3 else "pixel_values"
-    images = model.prepare_images(**{given: pixels.to(model.device)})
+    pixels = pixels.to(model.device)
+    images = model.prepare_images(pixels) if pixels.dim() == 4 else model.prepare_images(image_states=pixels)
     scores = torch.empty(len(rows), dtype=torch.float32, device=model.device)
     score_batches = _score_groups if model.config.joins_last else _score_alike
     for places, of_places in score_batches(model, images, captions, rows, columns, batch_tokens):
