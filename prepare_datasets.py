@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 SHARE_SET_ASIDE = 0.1
 ON_BAD_ROWS = ("stop", "skip")
 ROWS_IN_A_SHARD = 5000
+SYNTHETIC = ("scenes", "twins")
 # Name -> where the dataset is distributed, its images and captions as published.
 BENCHMARKS = {
     "rsicd": ("https://github.com/201528014227051/RSICD_optimal", 10921, 54605),
@@ -53,7 +54,7 @@ def load_retrieval_dataset(name_or_path, data_dir=None, **options):
     """The splits of a collection.
 
     Args:
-        name_or_path: scenes, rsicd, rsitmd, ucm, sydney, nwpu; a folder, file or archive; or a dataset on the Hub.
+        name_or_path: scenes, twins, rsicd, rsitmd, ucm, sydney, nwpu; a folder, file or archive; or a dataset on the Hub.
         data_dir: the distributed folder, zip or tar of a named dataset.
         options: as `load_and_check`.
 
@@ -87,8 +88,10 @@ def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_co
     """
     if on_bad_rows not in ON_BAD_ROWS:
         raise ValueError(f"on_bad_rows must be one of {', '.join(ON_BAD_ROWS)}; got {on_bad_rows!r}.")
-    if name_or_path == "scenes":
-        builder, bad = ScenesBuilder(config_name="scenes", scenes_seed=scenes_seed, cache_dir=cache_dir), []
+    if name_or_path in SYNTHETIC:
+        hard = name_or_path == "twins"
+        builder = ScenesBuilder(config_name=name_or_path, scenes_seed=scenes_seed, hard=hard, cache_dir=cache_dir)
+        bad = []
     else:
         kept = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ieft"
         columns = {"image_column": image_column, "caption_column": caption_column}
@@ -133,7 +136,7 @@ def find_source(name_or_path, data_dir, columns, kept):
         return name, read_source(path, name, **columns)
     if data_dir is None and is_hub_id(name_or_path):
         return name_or_path, read_hub_dataset(name_or_path, columns, kept)
-    names = ", ".join(["scenes", *BENCHMARKS])
+    names = ", ".join([*SYNTHETIC, *BENCHMARKS])
     raise ValueError(
         f"A dataset's name ({names}), an existing folder or file, or user/name expected; got {str(path)!r}."
     )
@@ -371,7 +374,7 @@ def push_folder(folder, repo_id, *, private=None):
 def main(arguments=None):
     """Read, check, write, push; 0, or 1 with the reason on the screen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name_or_path", help="scenes, a benchmark's name, a folder, file or archive, or user/name")
+    parser.add_argument("name_or_path", help="scenes, twins, a benchmark's name, a folder, file or archive, or user/name")
     parser.add_argument("--data_dir", help="the distributed folder, zip or tar of a named benchmark")
     parser.add_argument("--output_dir", required=True, help="parquet shards, dataset card and bad_rows.json go here")
     parser.add_argument("--push_to_hub", metavar="USER/NAME", help="also push them there")

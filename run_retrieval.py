@@ -82,6 +82,7 @@ TINY_RECIPE = {
 }
 DATASET_RECIPES = {
     "scenes": {"network": "tiny"},
+    "twins": {"network": "tiny"},
     "sydney": {"per_device_train_batch_size": 512, "num_train_epochs": 100},
     "ucm": {"num_train_epochs": 100},
 }
@@ -102,7 +103,7 @@ class ModelArguments:
     )
     network: str = field(
         default="base",
-        metadata={"help": "base, the published one, or tiny (the default for scenes).", "choices": list(NETWORKS)},
+        metadata={"help": "base, the published one, or tiny (the default for scenes and twins).", "choices": list(NETWORKS)},
     )
     fit: str | None = field(
         default=None, metadata={"help": "Images that are not square: crop (default) or squash, or as the checkpoint."}
@@ -119,7 +120,7 @@ class DataArguments:
 
     dataset_name: str = field(
         default="scenes",
-        metadata={"help": "scenes, rsicd, rsitmd, ucm, sydney, nwpu, a folder, file or archive, or user/name."},
+        metadata={"help": "scenes, twins, rsicd, rsitmd, ucm, sydney, nwpu, a folder, file or archive, or user/name."},
     )
     data_dir: str | None = field(
         default=None, metadata={"help": "The distributed folder, zip or tar of a named dataset."}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
-from ieft.scenes import SPLITS, draw_scene
+from ieft import scenes, twins
 
 SCENES_SEED = 2023
 FEATURES = {
@@ -49,9 +49,10 @@ class CaptionRowsBuilder(datasets.GeneratorBasedBuilder):
 
 @dataclass
 class ScenesConfig(datasets.BuilderConfig):
-    """`scenes_seed` chooses the scenes."""
+    """`scenes_seed` chooses the scenes, `hard` those of near twins."""
 
     scenes_seed: int = SCENES_SEED
+    hard: bool = False
 
 
 class ScenesBuilder(datasets.GeneratorBasedBuilder):
@@ -64,15 +65,17 @@ class ScenesBuilder(datasets.GeneratorBasedBuilder):
         return datasets.DatasetInfo(features=datasets.Features(FEATURES))
 
     def _split_generators(self, dl_manager):
-        starts = np.cumsum([0, *SPLITS.values()])
+        sizes = twins.SPLITS if self.config.hard else scenes.SPLITS
+        starts = np.cumsum([0, *sizes.values()])
         return [
             datasets.SplitGenerator(name=name, gen_kwargs={"start": int(start), "count": count})
-            for start, (name, count) in zip(starts, SPLITS.items(), strict=False)
+            for start, (name, count) in zip(starts, sizes.items(), strict=False)
         ]
 
     def _generate_examples(self, start, count):
+        draw = twins.draw_twin if self.config.hard else scenes.draw_scene
         for index in range(start, start + count):
-            scene = draw_scene(self.config.scenes_seed, index)
+            scene = draw(self.config.scenes_seed, index)
             encoded = io.BytesIO()
             scene.image.save(encoded, "PNG")
             image = {"path": None, "bytes": encoded.getvalue()}

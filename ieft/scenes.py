@@ -410,11 +410,11 @@ def _jitter(generator, reach):
 # Describing ----------------------------------------------------------------------------------------------------------
 
 
-def describe_plan(plan, generator):
-    """Five different sentences: most name every fact, some leave one out."""
+def describe_plan(plan, generator, *, num_brief=1):
+    """Five different sentences: most name every fact, the last `num_brief` may leave some out."""
     captions = []
     while len(captions) < 5:
-        sentence = _sentence(plan, generator, brief=len(captions) == 4)
+        sentence = _sentence(plan, generator, brief=len(captions) >= 5 - num_brief)
         if sentence not in captions:
             captions.append(sentence)
     return captions

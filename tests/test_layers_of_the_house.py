@@ -15,6 +15,7 @@ LAYERS = {
     "pipeline_ieft": 0,
     "ieft.metrics": 0,
     "ieft.scenes": 0,
+    "ieft.twins": 1,
     "ieft.prepacked": 0,
     "ieft.ranking": 1,
     "ieft.batches": 2,
@@ -23,14 +24,14 @@ LAYERS = {
     "ieft.trainer": 2,
     "ieft.archives": 0,
     "ieft.bad_rows": 0,
-    "ieft.builders": 1,
+    "ieft.builders": 2,
     "ieft.downloads": 0,
     "ieft.sources": 1,
-    "ieft.streams": 2,
+    "ieft.streams": 3,
     "ieft.search": 3,
-    "prepare_datasets": 3,
+    "prepare_datasets": 4,
 }
-TOP_LAYER = 4  # the root commands, benchmarks, the `evaluate` module, the package's lazy front
+TOP_LAYER = 5  # the root commands, benchmarks, the `evaluate` module, the package's lazy front
 SAME_LAYER = {
     "modeling_ieft": {"configuration_ieft", "layers_ieft", "pipeline_ieft"},
     "pipeline_ieft": {"processing_ieft"},
