@@ -6,7 +6,8 @@ knows nothing of datasets' names, folders or pictures.
 Two losses. Ranking (Tang et al. 2023): cross-entropy over the matching scores of an image with its own caption and
 with others. Contrastive (as CLIP; weight 0 in the published recipe): cross-entropy, both ways, over the similarities
 of images and captions read alone by the same network. With the contrastive loss on, the ranking loss takes groups of
-images in the batch, later groups that are hard by contrastive similarity, and scores all pairs of a group.
+images in the batch, later groups that are hard by contrastive similarity, and scores all pairs of a group. With a
+teacher, the ranking loss also draws the scores to those that the teacher gives the same pairs.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ieft.distillation import group_divergence, listwise_divergence
 from ieft.metrics import retrieval_recalls
 from ieft.ranking import score_matrix
 
@@ -51,6 +53,9 @@ class IeftTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "With the contrastive loss: groups ranked in a step; None: as many as fill the batch."},
     )
+    distillation_weight: float = field(
+        default=1.0, metadata={"help": "With a teacher: weight of the divergence from its scores in the ranking loss."}
+    )
 
 
 class IeftTrainer(Trainer):
@@ -60,14 +65,16 @@ class IeftTrainer(Trainer):
         train_dataset: `TrainingItems`.
         eval_dataset: an `EvaluationSet`, or a dict of them by name.
         args: `IeftTrainingArguments` with `remove_unused_columns=False`.
+        teacher: a network that reads the same tensors, whose scores the model learns too; None for none.
     """
 
-    def __init__(self, model, args, train_dataset=None, eval_dataset=None, **options):
+    def __init__(self, model, args, train_dataset=None, eval_dataset=None, *, teacher=None, **options):
         if train_dataset is not None:
             options.setdefault("data_collator", train_dataset.collate)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
         self.model_accepts_loss_kwargs = False  # the model's keyword arguments are about pairs, not about losses
         self.add_callback(_EpochOfItems(train_dataset))
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(args.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one batch from `TrainingItems.collate`, a scalar."""
@@ -83,12 +90,21 @@ class IeftTrainer(Trainer):
     def _candidate_loss(self, model, tensors, candidates):
         """The published loss: each image's own caption, first of its candidates (I, N), against the others."""
         images = torch.arange(len(candidates), device=candidates.device)
-        scores = model(
-            **tensors,
-            pair_images=images.repeat_interleave(candidates.shape[1]),
-            pair_captions=candidates.flatten(),
-        ).logits.view(candidates.shape)  # (I, N)
-        return cross_entropy(scores.float(), torch.zeros_like(images))
+        tensors |= {
+            "pair_images": images.repeat_interleave(candidates.shape[1]),
+            "pair_captions": candidates.flatten(),
+        }
+        scores = model(**tensors).logits.view(candidates.shape).float()  # (I, N)
+        loss = cross_entropy(scores, torch.zeros_like(images))
+        if self.teacher is None:
+            return loss
+        teacher_scores = self._teacher_logits(tensors).view(candidates.shape)
+        return loss + self.args.distillation_weight * listwise_divergence(scores, teacher_scores)
+
+    @torch.no_grad()
+    def _teacher_logits(self, tensors):
+        """The teacher's scores of the pairs that the model is given: (B, 1) float32."""
+        return self.teacher(**tensors).logits.float()
 
     def _contrastive_and_group_loss(self, model, tensors, is_match):
         """Each image with the caption of its own row; `is_match` (I, I)."""
@@ -98,16 +114,19 @@ class IeftTrainer(Trainer):
         # Before it starts, the ranking head is read for one pair and multiplied by 0: every parameter has a gradient.
         groups = groups if ranks else groups[:1, :1]
         size = groups.shape[1]
-        outputs = model(
-            **tensors,
-            pair_images=groups[:, :, None].expand(-1, -1, size).flatten(),
-            pair_captions=groups[:, None, :].expand(-1, size, -1).flatten(),
-            output_features=True,
-        )
+        pairs = tensors | {
+            "pair_images": groups[:, :, None].expand(-1, -1, size).flatten(),
+            "pair_captions": groups[:, None, :].expand(-1, size, -1).flatten(),
+        }
+        outputs = model(**pairs, output_features=True)
         similarity = outputs.similarity_scale * outputs.image_features @ outputs.text_features.T  # (I, I)
         contrastive = matching_loss(similarity[None].float(), is_match[None])
         scores = outputs.logits.view(-1, size, size).float()  # (K, N, N)
-        ranking = matching_loss(scores, is_match[groups[:, :, None], groups[:, None, :]])
+        matches = is_match[groups[:, :, None], groups[:, None, :]]
+        ranking = matching_loss(scores, matches)
+        if self.teacher is not None and ranks:
+            teacher_scores = self._teacher_logits(pairs).view_as(scores)
+            ranking = ranking + self.args.distillation_weight * group_divergence(scores, teacher_scores, matches)
         return self.args.contrastive_weight * contrastive + (ranking if ranks else 0.0 * scores.sum())
 
     def _choose_groups(self, tensors, is_match, *, mined):
