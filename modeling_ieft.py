@@ -222,26 +222,24 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        join, alone = self.config.first_joint_layer, None
+        join, pairing, earlier = self.config.first_joint_layer, (pair_images, pair_captions), None
         if join:
-            alone = (
-                self.read_alone(text, attention_mask, has_image=False, output_attentions=output_attentions),
-                self.read_alone(image, output_attentions=output_attentions),
-            )
-            text, image = alone[0][0], alone[1][0]
-        pairs, pair_mask = self._pair_up(text, image, attention_mask, pair_images, pair_captions)
+            texts = self.read_alone(text, attention_mask, has_image=False, output_attentions=output_attentions)
+            images = self.read_alone(image, output_attentions=output_attentions)
+            (text, image), *earlier = zip(texts, images, strict=True)
+        pairs, pair_mask = self._pair_up(text, image, attention_mask, *pairing)
         last, all_hidden_states, attentions = self.encode(
             pairs, pair_mask, blocks=range(join, self.config.num_hidden_layers), is_enhanced=join > 0,
             num_queries=num_queries, output_attentions=output_attentions,
         )  # fmt: skip
-        if join and output_hidden_states:
-            states = zip(alone[0][1], alone[1][1], strict=True)
-            paired = [self._pair_up(*sides, None, pair_images, pair_captions)[0] for sides in states]
+        if earlier and output_hidden_states:
+            paired = [self._pair_up(*sides, None, *pairing)[0] for sides in zip(*earlier[0], strict=True)]
             all_hidden_states = (*paired, *all_hidden_states[1:])
-        if join and output_attentions:
-            sides = zip(alone[0][2], alone[1][2], strict=True)
-            paired = [_pair_attentions(*each, pair_images, pair_captions) for each in sides]
-            attentions = (*paired, *attentions)
+        if earlier and output_attentions:
+            attentions = (
+                *(_pair_attentions(*sides, *pairing) for sides in zip(*earlier[1], strict=True)),
+                *attentions,
+            )
         output = IeftModelOutput(
             last_hidden_state=last,
             pooler_output=None if self.pooler is None else self.pooler(last),
@@ -345,36 +343,33 @@ class IeftForImageTextRetrieval(IeftPreTrainedModel):
         from `read_images`, hold them too; at 0 after all blocks.
         """
         self._require_contrastive_heads()
-        if image_states is None:
-            hidden = self.vilt.embeddings.mark_images(self.vilt.embed_images(pixel_values, image_embeds))
-            first, _, _ = self.vilt.encode(hidden, blocks=self._blocks_of_features(), num_queries=1)  # (I, 1, D)
-        else:
-            first = self.vilt.layernorm(self._require_late_join(image_states)[:, :1])  # the image CLS
-        return nn.functional.normalize(self.image_projection(first[:, 0]), dim=-1)
+        if image_states is not None:
+            return self._project_states(self.image_projection, image_states)
+        image = self.vilt.embeddings.mark_images(self.vilt.embed_images(pixel_values, image_embeds))
+        return self._project_alone(self.image_projection, image)
 
     def get_text_features(
         self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None, *, text_states=None
     ):
         """Captions read alone by the same network: unit vectors (C, E); as `get_image_features`."""
         self._require_contrastive_heads()
-        if text_states is None:
-            text = self.vilt.embed_captions(input_ids, token_type_ids, inputs_embeds)
-            hidden, blocks = self.vilt.embeddings.mark_captions(text), self._blocks_of_features()
-            first, _, _ = self.vilt.encode(hidden, attention_mask, blocks=blocks, has_image=False, num_queries=1)
-        else:
-            first = self.vilt.layernorm(self._require_late_join(text_states)[:, :1])  # (C, 1, D)
-        return nn.functional.normalize(self.text_projection(first[:, 0]), dim=-1)
+        if text_states is not None:
+            return self._project_states(self.text_projection, text_states)
+        text = self.vilt.embed_captions(input_ids, token_type_ids, inputs_embeds)
+        text = self.vilt.embeddings.mark_captions(text)
+        return self._project_alone(self.text_projection, text, attention_mask, has_image=False)
 
-    def _blocks_of_features(self):
-        return range(self.config.first_joint_layer or self.config.num_hidden_layers)
+    def _project_alone(self, projection, hidden, attention_mask=None, **options):
+        blocks = range(self.config.first_joint_layer or self.config.num_hidden_layers)
+        first, _, _ = self.vilt.encode(hidden, attention_mask, blocks=blocks, num_queries=1, **options)  # (N, 1, D)
+        return nn.functional.normalize(projection(first[:, 0]), dim=-1)
 
-    def _require_late_join(self, states):
+    def _project_states(self, projection, states):
         if not self.config.first_joint_layer:
             raise ValueError(
-                "States of a network with first_joint_layer above 0 expected; this one is 0, and its embeddings are "
-                "read after all blocks. Pass pixel_values or input_ids."
+                "Embeddings are in the states of networks with first_joint_layer above 0; this one's is 0."
             )
-        return states
+        return nn.functional.normalize(projection(self.vilt.layernorm(states[:, 0])), dim=-1)
 
     def similarity_scale(self):
         """The learned factor on dot products of features in the contrastive loss, in (0, 100]."""
@@ -429,10 +424,8 @@ class IeftForImageTextRetrieval(IeftPreTrainedModel):
             (B,) scores.
         """
         if self.config.joins_last:
-            one_image = len(images.key) == 1
-            places = (None, slice(None)) if one_image else (slice(None), None)
-            scores = self.score_groups(captions.take(places), images)  # (1, B) or (B, 1)
-            return scores.flatten()
+            places = (None, slice(None)) if len(images.key) == 1 else (slice(None), None)  # (1, B) or (B, 1)
+            return self.score_groups(captions.take(places), images).flatten()
         num_pairs = max(len(captions.hidden), len(images.hidden))
         pairs = [
             torch.cat([text.expand(num_pairs, -1, -1), image.expand(num_pairs, -1, -1)], dim=1)
