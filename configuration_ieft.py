@@ -24,6 +24,9 @@ class IeftConfig(ViltConfig):
         enhancement_expansion: width of the gated convolution as a multiple of `hidden_size`, rounded down.
         contrastive_dim: width of the image and caption embeddings used for shortlists; 0 leaves those heads out, as
             published.
+        first_joint_layer: index of the first block that reads caption and image together. Those below it, and the
+            stages up to it, read each of them alone, once for all pairs. 0 is the published network; the weights are
+            the same for all.
 
     Raises:
         ValueError: for a grid that is not square or not whole, and for stages that do not fit the network.
@@ -40,6 +43,7 @@ class IeftConfig(ViltConfig):
     enhancement_mlp_ratio: float | int = 4
     enhancement_expansion: float | int = 2.66
     contrastive_dim: int = 0
+    first_joint_layer: int = 0
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -57,6 +61,12 @@ class IeftConfig(ViltConfig):
                 f"enhancement_layers must be rising block indices below num_hidden_layers={self.num_hidden_layers}, "
                 f"each once; got {blocks}."
             )
+        if not 0 <= self.first_joint_layer < self.num_hidden_layers:
+            raise ValueError(
+                f"first_joint_layer must be a block index from 0 (the published network) to "
+                f"{self.num_hidden_layers - 1} (num_hidden_layers - 1: at least one block reads caption and image "
+                f"together); got {self.first_joint_layer}."
+            )
         if self.enhancement_num_heads is None:
             heads = range(self.num_attention_heads, 0, -1)
             self.enhancement_num_heads = next(count for count in heads if self.num_patches % count == 0)
@@ -65,6 +75,11 @@ class IeftConfig(ViltConfig):
                 f"enhancement_num_heads must divide the {self.num_patches} patches of a {self.grid_size}x"
                 f"{self.grid_size} grid; got {self.enhancement_num_heads}. Leave it out to have one chosen."
             )
+
+    @property
+    def joins_last(self):
+        """Whether blocks below the last read each side alone: then a pair is one question of the text CLS."""
+        return 0 < self.first_joint_layer == self.num_hidden_layers - 1
 
     @property
     def grid_size(self):

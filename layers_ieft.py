@@ -121,9 +121,13 @@ class IeftSelfAttention(nn.Module):
         self.key = nn.Linear(width, width, bias=config.qkv_bias)
         self.value = nn.Linear(width, width, bias=config.qkv_bias)
 
+    def split_heads(self, tokens):
+        """(B, S, D) -> (B, H, S, D/H)."""
+        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
     def attend(self, query, key, value, attention_mask=None, output_attentions=False):
         """(B, Q, D), (B, S, D), (B, S, D) -> context (B, Q, D) and, if asked, probabilities (B, H, Q, S)."""
-        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+        query, key, value = (self.split_heads(x) for x in (query, key, value))
         if attention_mask is not None:
             attention_mask = attention_mask[:, :, : query.shape[2]]  # (B, 1, Q, S): one row per query
         # Fused kernels keep no probabilities: whoever asks for them gets the written-out form.
@@ -138,6 +142,25 @@ class IeftSelfAttention(nn.Module):
             scaling=query.shape[-1] ** -0.5,
         )
         return context.flatten(2), probabilities  # (B, Q, D)
+
+    @staticmethod
+    def attend_in_part(query, key, value, attention_mask=None):
+        """Attention to a part of the tokens, without dropout: (B, H, Q, D/H), (B, H, S, D/H) twice.
+
+        The attention to two parts together is the mean of both contexts, weighted by the exponentials of both
+        `log_sum`.
+
+        Args:
+            attention_mask: (B, S), 1 on tokens to be seen; None for all.
+
+        Returns:
+            context (B, H, Q, D/H), and log_sum (B, H, Q) of the exponentiated logits in float32.
+        """
+        logits = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(2, 3)).float()  # (B, H, Q, S)
+        if attention_mask is not None:
+            logits = logits.masked_fill(attention_mask[:, None, None] == 0, -torch.inf)
+        log_sum = logits.logsumexp(-1)  # (B, H, Q)
+        return torch.matmul((logits - log_sum[..., None]).exp_().to(value.dtype), value), log_sum
 
 
 class IeftResidualOutput(nn.Module):
@@ -196,9 +219,12 @@ class IeftLayer(GradientCheckpointingLayer):
         """
         query, key, value = self.project(hidden_states, num_queries) if projected is None else projected
         context, probabilities = self.attention.attention.attend(query, key, value, attention_mask, output_attentions)
-        hidden_states = hidden_states[:, :num_queries] + self.attention.output(context)
-        hidden_states = hidden_states + self.output(self.intermediate(self.layernorm_after(hidden_states)))
-        return hidden_states, probabilities
+        return self.finish(hidden_states[:, :num_queries], context), probabilities
+
+    def finish(self, hidden_states, context):
+        """What follows the attention, on tokens (..., D) each by itself."""
+        hidden_states = hidden_states + self.attention.output(context)
+        return hidden_states + self.output(self.intermediate(self.layernorm_after(hidden_states)))
 
 
 class IeftGatedConvolution(nn.Module):
@@ -239,7 +265,7 @@ class IeftEnhancement(GradientCheckpointingLayer):
 
 
 class IeftEncoder(nn.Module):
-    """The joint blocks, with an enhancement stage before some of them."""
+    """The blocks, with an enhancement stage before some of them."""
 
     def __init__(self, config):
         super().__init__()
@@ -261,32 +287,34 @@ class IeftEncoder(nn.Module):
         return torch.cat([others, stage(patches)], dim=1)
 
     def forward(
-        self, hidden_states, attention_mask=None, *, has_image=True, projected=None, num_queries=None,
-        output_attentions=False,
+        self, hidden_states, attention_mask=None, *, blocks=None, has_image=True, is_enhanced=False, projected=None,
+        num_queries=None, output_attentions=False,
     ):  # fmt: skip
-        """All blocks.
+        """Some blocks, one after another.
 
         Args:
             hidden_states: (B, S, D), text tokens, image CLS, patches; or those of one modality alone.
             attention_mask: as the attention functions want it, or None where no token is padding.
+            blocks: a range of their indices; None for all.
             has_image: False for captions alone, which no stage touches.
-            projected: query, key and value of block 0 where they are known already; the stage before block 0, if
-                any, is then taken to have run.
-            num_queries: the last block computes only this many leading tokens.
+            is_enhanced: the stage before the first of these blocks, if any, has run already.
+            projected: query, key and value of the first of these blocks, where they are known already.
+            num_queries: the last of these blocks computes only this many leading tokens.
 
         Returns:
             The output (B, Q, D), the embeddings and each block's output, and each block's attention or None.
         """
+        blocks = range(len(self.layer)) if blocks is None else blocks
         all_hidden_states, attentions = (hidden_states,), ()
-        for block, layer in enumerate(self.layer):
-            known = projected if block == 0 else None
-            if has_image and known is None:
+        for block in blocks:
+            is_first, is_last = block == blocks[0], block == blocks[-1]
+            if has_image and not (is_first and is_enhanced):
                 hidden_states = self.enhance(block, hidden_states)
-            hidden_states, probabilities = layer(
+            hidden_states, probabilities = self.layer[block](
                 hidden_states,
                 attention_mask,
-                projected=known,
-                num_queries=num_queries if block == len(self.layer) - 1 else None,
+                projected=projected if is_first else None,
+                num_queries=num_queries if is_last else None,
                 output_attentions=output_attentions,
             )
             all_hidden_states += (hidden_states,)

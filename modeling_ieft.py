@@ -61,6 +61,19 @@ class IeftRetrievalOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
+@dataclass
+class IeftModelOutput(BaseModelOutputWithPooling):
+    """What `IeftModel` gives: as transformers', and with `first_joint_layer` above 0 each side as it was read alone.
+
+    Attributes:
+        text_states: (C, L, D) captions as they enter the first joint block.
+        image_states: (I, 1+P, D) images as they enter it.
+    """
+
+    text_states: torch.Tensor | None = None
+    image_states: torch.Tensor | None = None
+
+
 class IeftPreTrainedModel(PreTrainedModel):
     config: IeftConfig
     config_class = IeftConfig
@@ -90,19 +103,29 @@ class IeftPreTrainedModel(PreTrainedModel):
 class Prepared(NamedTuple):
     """What one side of a pair brings to the first joint block, computed once per image or caption.
 
+    Where the first joint block is the last, the text CLS alone asks in it, and has asked its own caption already.
+    Captions then bring `hidden`, `query`, `context` and `log_sum` of this one token, images `key` and `value`.
+
     Attributes:
-        hidden: (N, T, D) tokens that enter block 0.
-        query, key, value: (N, T, D) block 0's projections of them.
+        hidden: (N, T, D) tokens that enter the block, or (N, D).
+        query: (N, T, D) the block's projection of them, or (N, D).
+        key, value: (N, T, D), or split into heads (N, H, T, D/H).
+        attention_mask: (N, T) of captions, 1 on real tokens, or None where none is padded.
+        context: (N, D) what the text CLS found in its own caption.
+        log_sum: (N, H) logarithm of the weight that it found it with.
     """
 
-    hidden: torch.Tensor
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    hidden: torch.Tensor | None = None
+    query: torch.Tensor | None = None
+    key: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    context: torch.Tensor | None = None
+    log_sum: torch.Tensor | None = None
 
     def take(self, rows):
-        """The same for some rows: an index tensor, a list or a slice."""
-        return Prepared(*(x[rows] for x in self))
+        """The same for some rows: an index tensor of any shape, a list or a slice."""
+        return Prepared(*(None if x is None else x[rows] for x in self))
 
 
 class IeftModel(IeftPreTrainedModel, ViltModel):
@@ -147,6 +170,21 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
         last, all_hidden_states, attentions = self.encoder(hidden_states, attention_mask, **options)
         return self.layernorm(last), all_hidden_states, attentions
 
+    def read_alone(self, hidden_states, attention_mask=None, *, has_image=True, output_attentions=False):
+        """One side of pairs, (N, T, D) marked tokens, up to the first joint block: also the stage before that has run.
+
+        Returns:
+            The states (N, T, D) that enter the block, the embeddings and the output of each block below it, and the
+            attentions of those.
+        """
+        if attention_mask is not None:
+            attention_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        join = self.config.first_joint_layer
+        last, all_hidden_states, attentions = self.encoder(
+            hidden_states, attention_mask, blocks=range(join), has_image=has_image, output_attentions=output_attentions
+        )
+        return self.encoder.enhance(join, last) if has_image else last, all_hidden_states, attentions
+
     def forward(
         self, input_ids=None, attention_mask=None, token_type_ids=None, pixel_values=None, pixel_mask=None,
         inputs_embeds=None, image_embeds=None, *, pair_images=None, pair_captions=None, num_queries=None,
@@ -165,8 +203,8 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
             num_queries: compute the last block for this many leading tokens alone.
 
         Returns:
-            BaseModelOutputWithPooling: `last_hidden_state` (B, S, D), text tokens, image CLS, patches in raster order;
-            `pooler_output` (B, D).
+            IeftModelOutput: `last_hidden_state` (B, S, D), text tokens, image CLS, patches in raster order;
+            `pooler_output` (B, D). Where blocks read each side alone, attentions between the two are 0.
 
         Raises:
             ValueError: for a wrong image size, a caption longer than the position table, unequal batches, padding
@@ -176,18 +214,39 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
             raise ValueError("pixel_mask of ones expected: IEFT reads the whole square image. Leave pixel_mask out.")
         text = self.embeddings.mark_captions(self.embed_captions(input_ids, token_type_ids, inputs_embeds))
         image = self.embeddings.mark_images(self.embed_images(pixel_values, image_embeds))
-        pairs, attention_mask = self._pair_up(text, image, attention_mask, pair_images, pair_captions)
+        if attention_mask is not None and attention_mask.shape != text.shape[:2]:
+            raise ValueError(
+                f"attention_mask of shape {tuple(text.shape[:2])} expected, as the captions; got "
+                f"{tuple(attention_mask.shape)}."
+            )
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        join, pairing, earlier = self.config.first_joint_layer, (pair_images, pair_captions), None
+        if join:
+            texts = self.read_alone(text, attention_mask, has_image=False, output_attentions=output_attentions)
+            images = self.read_alone(image, output_attentions=output_attentions)
+            (text, image), *earlier = zip(texts, images, strict=True)
+        pairs, pair_mask = self._pair_up(text, image, attention_mask, *pairing)
         last, all_hidden_states, attentions = self.encode(
-            pairs, attention_mask, num_queries=num_queries, output_attentions=output_attentions
-        )
-        output = BaseModelOutputWithPooling(
+            pairs, pair_mask, blocks=range(join, self.config.num_hidden_layers), is_enhanced=join > 0,
+            num_queries=num_queries, output_attentions=output_attentions,
+        )  # fmt: skip
+        if earlier and output_hidden_states:
+            paired = [self._pair_up(*sides, None, *pairing)[0] for sides in zip(*earlier[0], strict=True)]
+            all_hidden_states = (*paired, *all_hidden_states[1:])
+        if earlier and output_attentions:
+            attentions = (
+                *(_pair_attentions(*sides, *pairing) for sides in zip(*earlier[1], strict=True)),
+                *attentions,
+            )
+        output = IeftModelOutput(
             last_hidden_state=last,
             pooler_output=None if self.pooler is None else self.pooler(last),
             hidden_states=all_hidden_states if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
+            text_states=text if join else None,
+            image_states=image if join else None,
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
@@ -195,11 +254,6 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
     @staticmethod
     def _pair_up(text, image, attention_mask, pair_images, pair_captions):
         """Marked captions (C, L, D) with images (I, 1+P, D): tokens (B, S, D), and the mask (B, S) or None."""
-        if attention_mask is not None and attention_mask.shape != text.shape[:2]:
-            raise ValueError(
-                f"attention_mask of shape {tuple(text.shape[:2])} expected, as the captions; got "
-                f"{tuple(attention_mask.shape)}."
-            )
         if pair_images is not None:
             image = image[pair_images]  # (B, 1+P, D)
         if pair_captions is not None:
@@ -213,6 +267,14 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
         if attention_mask is not None:
             attention_mask = nn.functional.pad(attention_mask, (0, image.shape[1]), value=1)  # (B, S)
         return torch.cat([text, image], dim=1), attention_mask
+
+
+def _pair_attentions(text, image, pair_images, pair_captions):
+    """Attentions within captions (C, H, L, L) and within images (I, H, 1+P, 1+P), as those of pairs (B, H, S, S)."""
+    text = text if pair_captions is None else text[pair_captions]
+    image = image if pair_images is None else image[pair_images]
+    upper = nn.functional.pad(text, (0, image.shape[-1]))  # (B, H, L, S)
+    return torch.cat([upper, nn.functional.pad(image, (text.shape[-1], 0))], dim=2)
 
 
 class IeftForImageTextRetrieval(IeftPreTrainedModel):
@@ -258,8 +320,10 @@ class IeftForImageTextRetrieval(IeftPreTrainedModel):
         )
         image_features = text_features = similarity_scale = None
         if output_features:
-            image_features = self.get_image_features(image_embeds=image_embeds)
-            text_features = self.get_text_features(input_ids, attention_mask, token_type_ids, inputs_embeds)
+            image_features = self.get_image_features(image_embeds=image_embeds, image_states=outputs.image_states)
+            text_features = self.get_text_features(
+                input_ids, attention_mask, token_type_ids, inputs_embeds, text_states=outputs.text_states
+            )
             similarity_scale = self.similarity_scale()
         output = IeftRetrievalOutput(
             logits=self.rank_output(outputs.pooler_output),  # (B, 1)
@@ -272,20 +336,40 @@ class IeftForImageTextRetrieval(IeftPreTrainedModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def get_image_features(self, pixel_values=None, image_embeds=None):
-        """Images read alone by the same network: unit vectors (I, E), to be compared with captions' by dot product."""
-        self._require_contrastive_heads()
-        hidden = self.vilt.embeddings.mark_images(self.vilt.embed_images(pixel_values, image_embeds))
-        first, _, _ = self.vilt.encode(hidden, num_queries=1)  # (I, 1, D): the image CLS
-        return nn.functional.normalize(self.image_projection(first[:, 0]), dim=-1)
+    def get_image_features(self, pixel_values=None, image_embeds=None, *, image_states=None):
+        """Images read alone by the same network: unit vectors (I, E), to be compared with captions' by dot product.
 
-    def get_text_features(self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None):
-        """Captions read alone by the same network: unit vectors (C, E)."""
+        With `first_joint_layer` above 0 they are read where the pairs join, so that the `image_states` of scoring,
+        from `read_images`, hold them too; at 0 after all blocks.
+        """
         self._require_contrastive_heads()
+        if image_states is not None:
+            return self._project_states(self.image_projection, image_states)
+        image = self.vilt.embeddings.mark_images(self.vilt.embed_images(pixel_values, image_embeds))
+        return self._project_alone(self.image_projection, image)
+
+    def get_text_features(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None, *, text_states=None
+    ):
+        """Captions read alone by the same network: unit vectors (C, E); as `get_image_features`."""
+        self._require_contrastive_heads()
+        if text_states is not None:
+            return self._project_states(self.text_projection, text_states)
         text = self.vilt.embed_captions(input_ids, token_type_ids, inputs_embeds)
-        hidden = self.vilt.embeddings.mark_captions(text)
-        first, _, _ = self.vilt.encode(hidden, attention_mask, has_image=False, num_queries=1)  # (C, 1, D)
-        return nn.functional.normalize(self.text_projection(first[:, 0]), dim=-1)
+        text = self.vilt.embeddings.mark_captions(text)
+        return self._project_alone(self.text_projection, text, attention_mask, has_image=False)
+
+    def _project_alone(self, projection, hidden, attention_mask=None, **options):
+        blocks = range(self.config.first_joint_layer or self.config.num_hidden_layers)
+        first, _, _ = self.vilt.encode(hidden, attention_mask, blocks=blocks, num_queries=1, **options)  # (N, 1, D)
+        return nn.functional.normalize(projection(first[:, 0]), dim=-1)
+
+    def _project_states(self, projection, states):
+        if not self.config.first_joint_layer:
+            raise ValueError(
+                "Embeddings are in the states of networks with first_joint_layer above 0; this one's is 0."
+            )
+        return nn.functional.normalize(projection(self.vilt.layernorm(states[:, 0])), dim=-1)
 
     def similarity_scale(self):
         """The learned factor on dot products of features in the contrastive loss, in (0, 100]."""
@@ -299,40 +383,85 @@ class IeftForImageTextRetrieval(IeftPreTrainedModel):
                 "with --contrastive_weight above 0."
             )
 
-    def prepare_images(self, pixel_values):
-        """The image side of scoring, once per image: (I, 3, image_size, image_size) -> `Prepared` of (I, 1+P, D)."""
-        return self._prepare(self.vilt.embeddings.mark_images(self.vilt.embed_images(pixel_values)), has_image=True)
+    def read_images(self, pixel_values):
+        """(I, 3, image_size, image_size) -> the states (I, 1+P, D) that enter the first joint block.
 
-    def prepare_captions(self, input_ids):
-        """The caption side of scoring, once per caption: (C, L) -> `Prepared` of (C, L, D)."""
-        return self._prepare(self.vilt.embeddings.mark_captions(self.vilt.embed_captions(input_ids)), has_image=False)
+        All that scoring needs to know of an image; with `first_joint_layer` above 0 its embedding is in it too.
+        """
+        return self.vilt.read_alone(self.vilt.embeddings.mark_images(self.vilt.embed_images(pixel_values)))[0]
 
-    def _prepare(self, hidden, has_image):
-        if has_image:
-            hidden = self.vilt.encoder.enhance(0, hidden)
-        return Prepared(hidden, *self.vilt.encoder.layer[0].project(hidden))
+    def prepare_images(self, pixel_values=None, *, image_states=None):
+        """The image side of scoring, once per image, from pixels or from what `read_images` gave: `Prepared`."""
+        states = self.read_images(pixel_values) if image_states is None else image_states
+        layer = self.vilt.encoder.layer[self.config.first_joint_layer]
+        if not self.config.joins_last:
+            return Prepared(states, *layer.project(states))
+        normed, attention = layer.layernorm_before(states), layer.attention.attention
+        key, value = (attention.split_heads(each(normed)).contiguous() for each in (attention.key, attention.value))
+        return Prepared(key=key, value=value)
 
-    def score_prepared(self, captions, images, attention_mask=None):
+    def prepare_captions(self, input_ids, attention_mask=None):
+        """The caption side of scoring, once per caption: (C, L), with a mask where some are padded -> `Prepared`."""
+        text = self.vilt.embeddings.mark_captions(self.vilt.embed_captions(input_ids))
+        states, _, _ = self.vilt.read_alone(text, attention_mask, has_image=False)
+        layer = self.vilt.encoder.layer[self.config.first_joint_layer]
+        if not self.config.joins_last:
+            return Prepared(states, *layer.project(states), attention_mask)
+        attention = layer.attention.attention
+        query, key, value = layer.project(states, num_queries=1)
+        heads = [attention.split_heads(x) for x in (query, key, value)]
+        context, log_sum = attention.attend_in_part(*heads, attention_mask)  # (C, H, 1, D/H), (C, H, 1)
+        return Prepared(states[:, 0], query[:, 0], context=context.flatten(1), log_sum=log_sum[..., 0])
+
+    def score_prepared(self, captions, images):
         """Matching scores of pairs whose halves were prepared; equal to the plain forward pass.
 
         Args:
-            captions: `Prepared` of (B, L, D), or (1, L, D) to be read with each image.
-            images: `Prepared` of (B, 1+P, D), or (1, 1+P, D) to be read with each caption.
-            attention_mask: (B, L), or None where no caption is padded.
+            captions: `Prepared` of B captions, or of one to be read with each image.
+            images: `Prepared` of B images, or of one to be read with each caption.
 
         Returns:
             (B,) scores.
         """
+        if self.config.joins_last:
+            places = (None, slice(None)) if len(images.key) == 1 else (slice(None), None)  # (1, B) or (B, 1)
+            return self.score_groups(captions.take(places), images).flatten()
         num_pairs = max(len(captions.hidden), len(images.hidden))
         pairs = [
             torch.cat([text.expand(num_pairs, -1, -1), image.expand(num_pairs, -1, -1)], dim=1)
-            for text, image in zip(captions, images, strict=True)
+            for text, image in zip(captions[:4], images[:4], strict=True)
         ]  # hidden, query, key, value: each (B, S, D)
+        attention_mask = captions.attention_mask
         if attention_mask is not None:
             attention_mask = nn.functional.pad(attention_mask, (0, images.hidden.shape[1]), value=1)
             attention_mask = attention_mask.expand(num_pairs, -1)  # (B, S)
-        first, _, _ = self.vilt.encode(pairs[0], attention_mask, projected=pairs[1:], num_queries=1)
+        blocks = range(self.config.first_joint_layer, self.config.num_hidden_layers)
+        first, _, _ = self.vilt.encode(
+            pairs[0], attention_mask, blocks=blocks, is_enhanced=True, projected=pairs[1:], num_queries=1
+        )
         return self.rank_output(self.vilt.pooler(first))[:, 0]  # (B,)
+
+    def score_groups(self, captions, images):
+        """Matching scores of each image with its own group of captions, where the last block alone is joint.
+
+        Keys and values of an image are read once for its group and never copied.
+
+        Args:
+            captions: `Prepared` of (I, M) captions, or (1, M) for the same ones with each image.
+            images: `Prepared` of I images.
+
+        Returns:
+            (I, M) scores.
+        """
+        layer = self.vilt.encoder.layer[-1]
+        attention = layer.attention.attention
+        query, own = (attention.split_heads(x) for x in (captions.query, captions.context))  # (I, H, M, D/H)
+        context, log_sum = attention.attend_in_part(query, images.key, images.value)  # and (I, H, M)
+        share = (captions.log_sum.transpose(1, 2) - log_sum).sigmoid()[..., None]  # of the caption's own tokens
+        context = context + share.to(context.dtype) * (own - context)
+        hidden = layer.finish(captions.hidden, context.transpose(1, 2).flatten(2))  # (I, M, D)
+        first = self.vilt.layernorm(hidden).flatten(0, 1)[:, None]  # (I*M, 1, D)
+        return self.rank_output(self.vilt.pooler(first)).view(hidden.shape[:2])
 
     def rank(self, image_or_caption, candidates, top_k=None, *, processor=None):
         """Captions for an image or images for a caption, best first.

@@ -110,8 +110,8 @@ def _score_captions(model, processor, image, captions):
     scores = []
     for first in range(0, len(captions), CANDIDATES_AT_ONCE):
         tokens = processor(text=captions[first : first + CANDIDATES_AT_ONCE]).to(model.device)
-        prepared_captions = model.prepare_captions(tokens["input_ids"])
-        scores.append(model.score_prepared(prepared_captions, prepared, tokens["attention_mask"]))
+        prepared_captions = model.prepare_captions(tokens["input_ids"], tokens["attention_mask"])
+        scores.append(model.score_prepared(prepared_captions, prepared))
     return torch.cat(scores)
 
 

@@ -28,6 +28,7 @@ from convert_checkpoint import load_any_checkpoint
 from ieft.bad_rows import BadRowsError, save_bad_rows
 from ieft.batches import EvaluationSet, TrainingItems, learn_tokenizer
 from ieft.checkpoints import explained_if_not_written, find_damage, find_last_checkpoint, write_json
+from ieft.distillation import check_teacher
 from ieft.hub import push_folder, write_model_card
 from ieft.report import ranked_sheet, recall_table, training_curves, two_stage_table
 from ieft.trainer import IeftTrainer, IeftTrainingArguments
@@ -109,6 +110,20 @@ class ModelArguments:
             "choices": list(NETWORKS),
         },
     )
+    first_joint_layer: int | None = field(
+        default=None,
+        metadata={
+            "help": "First block that reads caption and image together; blocks below it read each alone, once for all "
+            "pairs. 0 is the published network, the last block the fastest. Left out: as the checkpoint, or 0."
+        },
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, folder or .ckpt of an IEFT whose scores are learnt too; the student must read the same "
+            "tokens. See --distillation_weight."
+        },
+    )
     fit: str | None = field(
         default=None, metadata={"help": "Images that are not square: crop (default) or squash, or as the checkpoint."}
     )
@@ -185,7 +200,8 @@ def main(arguments=None):
     model, processor = load_model(model_args, args, splits["train"]["captions"])
     if data_args.rerank_top_k and not model.config.contrastive_dim:
         raise ValueError("--rerank_top_k needs contrastive heads: train with --contrastive_weight 1.")
-    trainer = make_trainer(model, processor, splits, args)
+    teacher = load_teacher(model_args, args, model, processor)
+    trainer = make_trainer(model, processor, splits, args, teacher)
     if args.do_train:
         trainer.train(resume_from_checkpoint=find_checkpoint(args))
         trainer.log_metrics("train", trainer.state.log_history[-1])
@@ -336,17 +352,28 @@ def load_model(model_args, args, captions):
     contrastive_dim = model_args.contrastive_dim if args.contrastive_weight else 0
     if model_args.model_name_or_path:
         kept = None if not args.do_train else contrastive_dim  # a checkpoint that is only judged stays as it is
-        return load_any_checkpoint(model_args.model_name_or_path, fit=model_args.fit, contrastive_dim=kept)
+        sizes = {"contrastive_dim": kept, "first_joint_layer": model_args.first_joint_layer}
+        return load_any_checkpoint(model_args.model_name_or_path, fit=model_args.fit, **sizes)
     tokenizer = learn_tokenizer(caption for of_image in captions for caption in of_image)
     network = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | NETWORKS[model_args.network]
     if model_args.enhancement_layers is not None:
         network["enhancement_layers"] = model_args.enhancement_layers
+    network["first_joint_layer"] = model_args.first_joint_layer or 0
     model = IeftForImageTextRetrieval(IeftConfig(**network, contrastive_dim=contrastive_dim))
     image_processor = IeftImageProcessor(model.config.image_size, model_args.fit or "crop")
     return model, IeftProcessor(image_processor, tokenizer)
 
 
-def make_trainer(model, processor, splits, args):
+def load_teacher(model_args, args, model, processor):
+    """The network to learn from, or None without `--teacher`."""
+    if not model_args.teacher or not args.do_train:
+        return None
+    teacher, teacher_processor = load_any_checkpoint(model_args.teacher)
+    check_teacher(teacher, teacher_processor, model, processor)
+    return teacher
+
+
+def make_trainer(model, processor, splits, args, teacher=None):
     """The trainer with its training items and validation set."""
     items = None
     if args.do_train:
@@ -359,7 +386,8 @@ def make_trainer(model, processor, splits, args):
             seed=args.seed,
         )
     validation = EvaluationSet.from_split(splits["validation"], processor)
-    return IeftTrainer(model, args, train_dataset=items, eval_dataset=validation, processing_class=processor)
+    options = {"eval_dataset": validation, "processing_class": processor, "teacher": teacher}
+    return IeftTrainer(model, args, train_dataset=items, **options)
 
 
 def find_checkpoint(args):

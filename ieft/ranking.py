@@ -1,13 +1,14 @@
 """Scores of images and captions by the cross-encoder: the whole matrix, or chosen pairs.
 
 In: a model, images as tensors by row, captions as token ids. Out: float32 scores, higher is better. Of the model,
-three methods are known here: `prepare_images`, `prepare_captions`, `score_prepared`.
+four methods are known here: `prepare_images`, `prepare_captions`, `score_prepared`, and `score_groups` of one that
+joins caption and image in its last block alone.
 
-Nothing is computed twice: equal captions are scored once, each image and caption is embedded and projected for block 0
-once, and captions of one length are read together, so that none is padded; on a CPU the network's matrices are laid
-out beforehand. The work is cut into tiles, whole images with their captions. A tile's batches depend on what is ranked
-alone, never on who ranks it: any number of processes gives the same bits, and so does a run that was killed and begun
-again.
+Nothing is computed twice: equal captions are scored once, each image and caption is read and projected for the first
+joint block once, and captions of one length are read together, so that none is padded; on a CPU the network's matrices
+are laid out beforehand. The work is cut into tiles, whole images with their captions. A tile's batches depend on what
+is ranked alone, never on who ranks it: any number of processes gives the same bits, and so does a run that was killed
+and begun again.
 """
 
 import hashlib
@@ -36,6 +37,7 @@ TILE_PAIRS = 4096  # minutes of a CPU's work
 TILE_PAIRS_ON_GPU = 32768
 TILE_IMAGES = 32  # bounds the memory that pixels take
 FEWEST_TILES = 64  # where there are as many images, so that processes get equal shares
+CAPTIONS_AT_ONCE = 64  # prepared together
 KEPT_CAPTION_TOKENS = 65536  # prepared once and kept, about 0.8 GB; beyond, captions are prepared tile by tile
 NOT_IN_FINGERPRINT = ("architectures", "auto_map", "custom_pipelines", "transformers_version")
 
@@ -47,7 +49,8 @@ def score_matrix(model, images, captions, *, dtype=None, batch_tokens=None, num_
     Under `torch.distributed` the images are shared out over the processes, and each gets the whole matrix.
 
     Args:
-        images: I tensors (3, image_size, image_size) by row; read one tile at a time.
+        images: I tensors by row, (3, image_size, image_size), or (1+P, D) as the model's `read_images` gave them; read
+            one tile at a time.
         captions: C lists of token ids, special tokens included, not padded.
         dtype: torch.bfloat16 or torch.float16 for the matrix products, sums and layer norms staying in float32; None
             computes in the model's own type.
@@ -178,15 +181,24 @@ def _cut_tiles(starts, tile_pairs):
 
 
 def _read_images(images, rows_of_tiles, num_workers):
-    """Pixels of each tile's images: (I, 3, H, W)."""
+    """Pixels of each tile's images (I, 3, H, W), or their states (I, 1+P, D)."""
     batches = [rows.tolist() for rows in rows_of_tiles]
     return DataLoader(images, batch_sampler=batches, num_workers=num_workers) if batches else []
 
 
 def _score_tile(model, pixels, captions, rows, columns, batch_tokens):
-    """Scores of a tile's pairs; `rows` are those of `pixels`."""
-    images = model.prepare_images(pixels.to(model.device))
+    """Scores of a tile's pairs; `rows` are those of `pixels`, which may be states."""
+    pixels = pixels.to(model.device)
+    images = model.prepare_images(pixels) if pixels.dim() == 4 else model.prepare_images(image_states=pixels)
     scores = torch.empty(len(rows), dtype=torch.float32, device=model.device)
+    score_batches = _score_groups if model.config.joins_last else _score_alike
+    for places, of_places in score_batches(model, images, captions, rows, columns, batch_tokens):
+        scores[torch.from_numpy(places).to(model.device)] = of_places.float()
+    return scores.cpu().numpy()
+
+
+def _score_alike(model, images, captions, rows, columns, batch_tokens):
+    """Batches of pairs whose captions have one length: their places and scores, each (B,)."""
     lengths = captions.lengths[columns]
     for length in np.unique(lengths)[::-1]:  # the longest first: memory peaks at the start
         alike = np.flatnonzero(lengths == length)
@@ -195,13 +207,27 @@ def _score_tile(model, pixels, captions, rows, columns, batch_tokens):
             of_images = rows[batch]
             same_image = of_images[0] == of_images[-1]  # they rise
             chosen = images.take(torch.from_numpy(of_images[:1] if same_image else of_images))
-            places = torch.from_numpy(batch).to(model.device)
-            scores[places] = model.score_prepared(captions.take(columns[batch]), chosen).float()
-    return scores.cpu().numpy()
+            yield batch, model.score_prepared(captions.take(columns[batch]), chosen)
+
+
+def _score_groups(model, images, captions, rows, columns, batch_tokens):
+    """Images with as many pairs each, where one token of a pair is computed: places and scores, each (I, M)."""
+    for batch in _cut_groups(rows, batch_tokens):
+        chosen = images.take(torch.from_numpy(rows[batch[:, 0]]))
+        yield batch, model.score_groups(captions.take_any(columns[batch]), chosen)
+
+
+def _cut_groups(rows, batch_pairs):
+    """Pairs with rising `rows` of images, as grids (I, M) of their places: I images with M pairs each."""
+    _, starts, counts = np.unique(rows, return_index=True, return_counts=True)
+    for count in np.unique(counts):
+        grid = starts[counts == count, None] + np.arange(count)  # (I, M)
+        for some in np.array_split(grid, -(-len(grid) // max(1, batch_pairs // int(count)))):
+            yield from np.array_split(some, -(-int(count) // batch_pairs), axis=1)
 
 
 class _PreparedCaptions:
-    """Captions by column, prepared for block 0 at first use and, where they are not too many, kept."""
+    """Captions by column, prepared for the first joint block at first use and, where they are not too many, kept."""
 
     def __init__(self, model, captions):
         self.model = model
@@ -209,6 +235,7 @@ class _PreparedCaptions:
         self.lengths = np.array([len(caption) for caption in captions], dtype=np.int64)
         self.are_kept = self.lengths.sum() <= KEPT_CAPTION_TOKENS
         self._of_length = {}
+        self._of_all = None
 
     def take(self, columns):
         """Captions of one length, prepared."""
@@ -219,6 +246,17 @@ class _PreparedCaptions:
         if length not in self._of_length:
             self._of_length[length] = self._prepare(alike)
         return self._of_length[length].take(torch.from_numpy(np.searchsorted(alike, columns)))
+
+    def take_any(self, columns):
+        """Captions of any lengths, of which one token's state is all that is prepared: (I, M) columns."""
+        if self._of_all is None:
+            alike = [np.flatnonzero(self.lengths == length) for length in np.unique(self.lengths)]
+            batches = [part for each in alike for part in np.array_split(each, -(-len(each) // CAPTIONS_AT_ONCE))]
+            order = torch.from_numpy(np.argsort(np.concatenate(batches)))
+            parts = [self._prepare(batch) for batch in batches]
+            fields = (None if field[0] is None else torch.cat(field)[order] for field in zip(*parts, strict=True))
+            self._of_all = parts[0]._make(fields)
+        return self._of_all.take(torch.from_numpy(columns))
 
     def _prepare(self, columns):
         input_ids = torch.tensor([self.captions[column] for column in columns], device=self.model.device)

@@ -7,7 +7,8 @@ Two losses. Ranking (Tang et al. 2023): cross-entropy over the matching scores o
 with others. Contrastive (as CLIP; weight 0 in the published recipe): cross-entropy, both ways, over the similarities
 of images and captions read alone by the same network. With the contrastive loss on, the ranking loss takes groups of
 images in the batch, later groups that are hard by contrastive similarity, and scores all pairs of a group. The batch
-is that of all processes together: any number of them gives the same groups and the same loss.
+is that of all processes together: any number of them gives the same groups and the same loss. With a teacher, the
+ranking loss also draws the scores to those that the teacher gives the same pairs.
 
 What can go wrong in a long run ends it with a report, before it can spoil weights or checkpoints; a run that was
 killed goes on from its last checkpoint to the same weights.
@@ -25,6 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from ieft.checkpoints import STATE, UNFINISHED, explained_if_not_written, publish, write_json
+from ieft.distillation import group_divergence, listwise_divergence
 from ieft.metrics import retrieval_recalls
 from ieft.neighbours import NeighbourSampler
 from ieft.processes import gather_rows, process_count, process_rank, sum_over_processes
@@ -72,6 +74,9 @@ class IeftTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "With the contrastive loss: groups ranked in a step; None: as many as fill the batch."},
     )
+    distillation_weight: float = field(
+        default=1.0, metadata={"help": "With a teacher: weight of the divergence from its scores in the ranking loss."}
+    )
 
 
 class IeftTrainer(Trainer):
@@ -81,15 +86,17 @@ class IeftTrainer(Trainer):
         train_dataset: `TrainingItems`.
         eval_dataset: an `EvaluationSet`, or a dict of them by name.
         args: `IeftTrainingArguments` with `remove_unused_columns=False`.
+        teacher: a network that reads the same tensors, whose scores the model learns too; None for none.
     """
 
-    def __init__(self, model, args, train_dataset=None, eval_dataset=None, **options):
+    def __init__(self, model, args, train_dataset=None, eval_dataset=None, *, teacher=None, **options):
         if train_dataset is not None:
             options.setdefault("data_collator", train_dataset.collate)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
         self.model_accepts_loss_kwargs = False  # the model's keyword arguments are about pairs, not about losses
         self.add_callback(_EpochOfItems(train_dataset))
         self.add_callback(_GradientsChecked(self))
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(args.device)
         self._recent_batches = []  # of the step at hand
         self._overflows = 0  # steps in a row that float16 could not hold
         self._is_saving = False
@@ -113,12 +120,21 @@ class IeftTrainer(Trainer):
     def _candidate_loss(self, model, tensors, candidates):
         """The published loss: each image's own caption, first of its candidates (I, N), against the others."""
         images = torch.arange(len(candidates), device=candidates.device)
-        scores = model(
-            **tensors,
-            pair_images=images.repeat_interleave(candidates.shape[1]),
-            pair_captions=candidates.flatten(),
-        ).logits.view(candidates.shape)  # (I, N)
-        return cross_entropy(scores.float(), torch.zeros_like(images))
+        tensors |= {
+            "pair_images": images.repeat_interleave(candidates.shape[1]),
+            "pair_captions": candidates.flatten(),
+        }
+        scores = model(**tensors).logits.view(candidates.shape).float()  # (I, N)
+        loss = cross_entropy(scores, torch.zeros_like(images))
+        if self.teacher is None:
+            return loss
+        teacher_scores = self._teacher_logits(tensors).view(candidates.shape)
+        return loss + self.args.distillation_weight * listwise_divergence(scores, teacher_scores)
+
+    @torch.no_grad()
+    def _teacher_logits(self, tensors):
+        """The teacher's scores of the pairs that the model is given: (B, 1) float32."""
+        return self.teacher(**tensors).logits.float()
 
     def _matches_in_batch(self, inputs):
         """(B, B), B rows on all processes: where the image of one carries the sentence of another."""
@@ -141,21 +157,23 @@ class IeftTrainer(Trainer):
         images = groups.flatten() - process_rank() * num_images  # (K*N,) rows of this process, where in 0..I-1
         own = torch.nonzero((images >= 0) & (images < num_images))[:, 0]
         places = own if len(own) else own.new_zeros(1)  # a process without an image in any group reads one for nothing
-        outputs = model(
-            pixel_values=tensors["pixel_values"],
-            input_ids=gather_rows(tensors["input_ids"]),
-            attention_mask=gather_rows(tensors["attention_mask"]),
-            pair_images=images[places].clamp(0, num_images - 1).repeat_interleave(size),
-            pair_captions=groups[places // size].flatten(),
-            output_features=True,
-        )
+        pairs = {
+            "pixel_values": tensors["pixel_values"],
+            "input_ids": gather_rows(tensors["input_ids"]),
+            "attention_mask": gather_rows(tensors["attention_mask"]),
+            "pair_images": images[places].clamp(0, num_images - 1).repeat_interleave(size),
+            "pair_captions": groups[places // size].flatten(),
+        }
+        outputs = model(**pairs, output_features=True)
         image_features = gather_rows(outputs.image_features)
         similarity = outputs.similarity_scale * image_features @ outputs.text_features.T  # (B, B)
         contrastive = matching_loss(similarity[None].float(), is_match[None])
-        scores = outputs.logits.view(-1, size).float() * bool(len(own))
-        scores = scores.new_zeros(len(images), size).index_copy(0, places, scores)
-        scores = sum_over_processes(scores).view(-1, size, size)  # (K, N, N)
-        ranking = matching_loss(scores, is_match[groups[:, :, None], groups[:, None, :]])
+        scores = _put_together(outputs.logits, places, len(images), size, counts=len(own) > 0)  # (K, N, N)
+        matches = is_match[groups[:, :, None], groups[:, None, :]]
+        ranking = matching_loss(scores, matches)
+        if self.teacher is not None and ranks:
+            teacher_scores = _put_together(self._teacher_logits(pairs), places, len(images), size, counts=len(own) > 0)
+            ranking = ranking + self.args.distillation_weight * group_divergence(scores, teacher_scores, matches)
         return self.args.contrastive_weight * contrastive + (ranking if ranks else 0.0 * scores.sum())
 
     def _choose_groups(self, tensors, is_match, *, mined):
@@ -351,6 +369,16 @@ class _GradientsChecked(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.check_gradients()
+
+
+def _put_together(logits, places, num_rows, size, *, counts):
+    """Scores of all groups from those rows, at `places`, that each process has scored: (K, N, N).
+
+    Without `counts`, this process has scored a row for nothing.
+    """
+    scores = logits.view(-1, size).float() * counts
+    scores = scores.new_zeros(num_rows, size).index_copy(0, places, scores)
+    return sum_over_processes(scores).view(-1, size, size)
 
 
 def matching_loss(scores, is_match):

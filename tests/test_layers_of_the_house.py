@@ -23,6 +23,8 @@ LAYERS = {
     "ieft.prepacked": 0,
     "ieft.ranking": 1,
     "ieft.batches": 2,
+    "ieft.distillation": 0,
+    "ieft.states": 0,
     "ieft.index": 2,
     "ieft.report": 2,
     "ieft.trainer": 2,

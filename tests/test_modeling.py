@@ -185,10 +185,10 @@ def test_prepared_halves_score_as_the_plain_forward(enhancement_layers):
     inputs = tiny_inputs()
     plain = model(**inputs).logits[:, 0]
     images = model.prepare_images(inputs["pixel_values"])
-    captions = model.prepare_captions(inputs["input_ids"])
-    torch.testing.assert_close(model.score_prepared(captions, images, inputs["attention_mask"]), plain)
+    captions = model.prepare_captions(inputs["input_ids"], inputs["attention_mask"])
+    torch.testing.assert_close(model.score_prepared(captions, images), plain)
     one_caption = model.score_prepared(captions.take([0]), images)
-    one_image = model.score_prepared(captions, images.take([0]), inputs["attention_mask"])
+    one_image = model.score_prepared(captions, images.take([0]))
     torch.testing.assert_close(one_caption[0], plain[0])
     torch.testing.assert_close(one_image[0], plain[0])
 

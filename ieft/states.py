@@ -1,0 +1,65 @@
+"""An image's state for re-ranking as bytes, to be stored beside its embedding.
+
+In: what `IeftForImageTextRetrieval.read_images` gives of one image. Out: bytes, and the state back from them. It knows
+nothing of networks, indexes or files.
+
+A state is T tokens of D numbers. As `bf16` each takes two bytes; as `int8` one, and each token a scale in float32,
+its largest magnitude by 127. Ten bytes ahead say which, and T and D.
+"""
+
+import struct
+
+import torch
+
+KINDS = ("bf16", "int8")
+HEADER = struct.Struct("<4sHI")  # kind, T, D
+
+
+def encode_state(state, kind="int8"):
+    """The bytes of one state.
+
+    Args:
+        state: (T, D) finite numbers.
+        kind: "bf16" (relative error of a number up to 0.4%) or "int8" (error up to 0.4% of its token's largest).
+
+    Raises:
+        ValueError: for another kind, another shape, or numbers that are not finite.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}.")
+    if state.dim() != 2 or not torch.isfinite(state).all():
+        raise ValueError(
+            f"The state of one image expected, (T, D) finite numbers; got {tuple(state.shape)}"
+            + ("." if state.dim() != 2 else ", some of them not finite.")
+        )
+    state = state.detach().float().cpu()
+    header = HEADER.pack(kind.encode(), *state.shape)
+    if kind == "bf16":
+        return header + _bytes(state.bfloat16())
+    scale = state.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127  # (T, 1)
+    return header + _bytes(scale) + _bytes((state / scale).round().to(torch.int8))
+
+
+def decode_state(content):
+    """The state of one image from its bytes: (T, D) float32.
+
+    Raises:
+        ValueError: for bytes that `encode_state` did not write, or that were cut.
+    """
+    kind, num_tokens, width = HEADER.unpack(content[: HEADER.size].ljust(HEADER.size, b"\0"))
+    kind, numbers = kind.decode("ascii", "replace"), num_tokens * width
+    size = {"bf16": 2 * numbers, "int8": 4 * num_tokens + numbers}.get(kind, -1)
+    if len(content) != HEADER.size + size:
+        raise ValueError(
+            f"A state as `encode_state` writes it expected; got {len(content)} bytes that begin with {content[:4]!r}."
+        )
+    body = bytearray(content[HEADER.size :])  # writable, as torch wants it
+    if kind == "bf16":
+        return torch.frombuffer(body, dtype=torch.bfloat16).view(num_tokens, width).float()
+    scale = torch.frombuffer(body, dtype=torch.float32, count=num_tokens)[:, None]
+    values = torch.frombuffer(body, dtype=torch.int8, offset=4 * num_tokens).view(num_tokens, width)
+    return values.float() * scale
+
+
+def _bytes(tensor):
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
