@@ -33,6 +33,7 @@ from ieft.builders import SCENES_SEED, CaptionRowsBuilder, ScenesBuilder
 from ieft.downloads import download
 from ieft.sources import IMAGE_ENDINGS, Source, read_source, read_webdataset, table_source
 from ieft.streams import load_from_hub, stream_hub_dataset, stream_rows
+from processing_ieft import open_picture
 
 logger = logging.getLogger(__name__)
 
@@ -230,11 +231,10 @@ def image_faults(rows, kept, num_proc):
 
 
 def image_fault(image):
-    """PIL's `verify` misses truncated files; reading the pixels finds them."""
+    """PIL's `verify` misses truncated files; reading the pixels as training will finds them."""
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            opened.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        open_picture(image)
+    except (OSError, ValueError) as error:
         return f"{UNREADABLE}: {error}"
     return None
 

@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 from lancedb.index import IvfPq
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ieft.ranking import fingerprint, score_pairs
-from processing_ieft import to_rgb
+from processing_ieft import open_picture
 
 TABLE = "images"
 CHECKPOINT = b"ieft_checkpoint"  # in the table's schema: the fingerprint of the checkpoint that made it
@@ -106,7 +106,7 @@ class ImageIndex:
                 picture = read_picture(file)
                 rows.append({"content": content, **_describe(file, picture)})
                 pictures.append(np.asarray(self.processor.image_processor.fit_square(picture)))
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
+            except (OSError, ValueError) as error:
                 report["unreadable"][file] = str(error)
         if rows:
             vectors = self.embed_images([Image.fromarray(square) for square in pictures])
@@ -240,12 +240,11 @@ def read_picture(file):
         FileNotFoundError, ValueError: for a file that is gone, or cannot be decoded.
     """
     try:
-        with Image.open(file) as image:
-            return to_rgb(image)
+        return open_picture(file)
     except FileNotFoundError as error:
         message = f"{file} is in the index, or was asked for, but is not there: put it back, or delete it by name."
         raise FileNotFoundError(message) from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{file} cannot be read as an image: {error}") from error
 
 
