@@ -11,7 +11,6 @@ the user has.
 
 import argparse
 import hashlib
-import io
 import json
 import logging
 import os
@@ -23,8 +22,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 from datasets.table import embed_table_storage
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
-from PIL import Image
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi, constants
 from tqdm import tqdm
 
 from ieft.archives import extract, is_archive, tar_members
@@ -130,7 +128,8 @@ def find_source(name_or_path, data_dir, columns, kept):
         if path.is_file() and is_archive(path):
             if _is_webdataset(path):
                 return name, read_webdataset(path)
-            path = unpack(path, kept)
+            folder = unpack(path, kept)
+            return name, keep_inside(read_source(folder, name, **columns), [folder], path)
         return name, read_source(path, name, **columns)
     if data_dir is None and is_hub_id(name_or_path):
         return name_or_path, read_hub_dataset(name_or_path, columns, kept)
@@ -138,6 +137,19 @@ def find_source(name_or_path, data_dir, columns, kept):
     raise ValueError(
         f"A dataset's name ({names}), an existing folder or file, or user/name expected; got {str(path)!r}."
     )
+
+
+def keep_inside(source, folders, origin):
+    """The source, where every image that is a file lies in one of the folders.
+
+    Raises:
+        ValueError: for another: what comes from elsewhere could name files of this machine, to be published with it.
+    """
+    folders = [Path(folder).resolve() for folder in folders]
+    for row in source.rows:
+        if isinstance(row["image"], Path) and not any(row["image"].resolve().is_relative_to(each) for each in folders):
+            raise ValueError(f"{origin} names an image outside itself, {row['filename']!r}: such files are not read.")
+    return source
 
 
 def is_hub_id(name_or_path):
@@ -175,7 +187,8 @@ def read_hub_dataset(name, columns, kept):
                 data = data.cast_column(column, datasets.Image(decode=False))
         records = [{"split": split} | record if len(splits) == 1 else record | {"split": split} for record in data]
         rows += table_source(Path(name), records, columns).rows
-    return Source(name, name, rows)
+    fetched = [kept, datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE]
+    return keep_inside(Source(name, name, rows), [*fetched, Path(name)], name)
 
 
 # Checking ------------------------------------------------------------------------------------------------------------

@@ -79,8 +79,9 @@ def _fetch(source):
             raise OSError(f"{source[:200]} cannot be downloaded: {error}") from error
     if _is_file(source):
         return source
+    encoded = source.partition(",")[2] if source.startswith("data:image/") else source
     try:
-        return base64.b64decode(source.partition(",")[2] if source.startswith("data:image/") else source, validate=True)
+        return base64.b64decode("".join(encoded.split()), validate=True)
     except ValueError as error:
         raise ValueError(
             f"The path of an image file, its URL or its bytes in base64 expected; got {source[:200]!r}."
