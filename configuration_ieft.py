@@ -3,7 +3,41 @@
 In: sizes. Out: an `IeftConfig`, saved as `config.json`. It knows nothing of weights, images or captions.
 """
 
+import math
+
+from huggingface_hub.errors import StrictDataclassError
 from transformers import ViltConfig
+from transformers.activations import ACT2FN
+
+# Whole numbers and their ranges: far beyond any network that is in use, and small enough to compute with.
+SIZES = {
+    "image_size": (1, 2**14),
+    "patch_size": (1, 2**14),
+    "num_channels": (1, 2**10),
+    "hidden_size": (1, 2**16),
+    "intermediate_size": (1, 2**20),
+    "num_hidden_layers": (1, 2**10),
+    "num_attention_heads": (1, 2**16),
+    "enhancement_num_heads": (1, 2**16),
+    "vocab_size": (1, 2**24),
+    "max_position_embeddings": (1, 2**16),
+    "type_vocab_size": (1, 2**16),
+    "modality_type_vocab_size": (2, 2**16),
+    "contrastive_dim": (0, 2**16),
+}
+# Other numbers and their ranges.
+NUMBERS = {
+    "hidden_dropout_prob": (0, 1),
+    "attention_probs_dropout_prob": (0, 1),
+    "initializer_range": (0, 100),
+    "layer_norm_eps": (0, 1),
+    "text_layer_norm_eps": (0, 1),
+    "enhancement_mlp_ratio": (1e-3, 1e3),
+    "enhancement_expansion": (1e-3, 1e3),
+}
+MAX_PATCHES = 2**16
+MAX_PARAMETERS = 2**32  # 17 GB in float32; the published network has a hundred million
+MAX_LABELS = 2**16  # IEFT has no use for labels, but transformers names each of them
 
 
 class IeftConfig(ViltConfig):
@@ -29,7 +63,8 @@ class IeftConfig(ViltConfig):
             the same for all.
 
     Raises:
-        ValueError: for a grid that is not square or not whole, and for stages that do not fit the network.
+        ValueError: for a grid that is not square or not whole, for stages that do not fit the network, for a field of
+            another type or out of its range (`SIZES`, `NUMBERS`), and for more than `MAX_PARAMETERS` parameters.
     """
 
     model_type = "ieft"
@@ -46,10 +81,15 @@ class IeftConfig(ViltConfig):
     first_joint_layer: int = 0
 
     def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
+        _check_further_fields(type(self), kwargs)
+        try:
+            super().__post_init__(**kwargs)
+        except (AttributeError, KeyError, TypeError, OverflowError, ArithmeticError) as error:  # of transformers' own
+            raise ValueError(f"A field of config.json is not what transformers expects: {error}") from error
         self.image_size = _square("image_size", self.image_size)
         self.patch_size = _square("patch_size", self.patch_size)
-        self.enhancement_layers = list(self.enhancement_layers)
+        self.enhancement_layers = _block_indices(self.enhancement_layers)
+        self._check_ranges()
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size must be a multiple of patch_size; got image_size={self.image_size}, "
@@ -70,11 +110,70 @@ class IeftConfig(ViltConfig):
         if self.enhancement_num_heads is None:
             heads = range(self.num_attention_heads, 0, -1)
             self.enhancement_num_heads = next(count for count in heads if self.num_patches % count == 0)
+        _check_whole("enhancement_num_heads", self.enhancement_num_heads)
         if self.num_patches % self.enhancement_num_heads:
             raise ValueError(
                 f"enhancement_num_heads must divide the {self.num_patches} patches of a {self.grid_size}x"
                 f"{self.grid_size} grid; got {self.enhancement_num_heads}. Leave it out to have one chosen."
             )
+
+    def __setattr__(self, name, value):
+        try:
+            super().__setattr__(name, value)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from error
+
+    def _check_ranges(self):
+        for name in SIZES.keys() - {"enhancement_num_heads"}:
+            _check_whole(name, getattr(self, name))
+        for name, (lowest, highest) in NUMBERS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
+                raise ValueError(f"{name} must be a number from {lowest} to {highest}; got {value!r}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}; got {self.hidden_act!r}.")
+        if type(self.dtype).__name__ not in ("NoneType", "dtype", "str"):
+            raise ValueError(f"dtype must name a number type of torch, such as 'float32'; got {self.dtype!r}.")
+        pad = self.pad_token_id
+        if pad is not None and not -self.vocab_size <= pad < self.vocab_size:
+            raise ValueError(f"pad_token_id must be below vocab_size={self.vocab_size}, or None; got {pad}.")
+        if self.num_patches > MAX_PATCHES or self.count_parameters() > MAX_PARAMETERS:
+            raise ValueError(
+                f"A network of up to {MAX_PATCHES:,} patches and {MAX_PARAMETERS:,} parameters expected; this one has "
+                f"{self.num_patches:,} and about {self.count_parameters():,}."
+            )
+
+    def count_parameters(self):
+        """About how many parameters the network has: its matrices, without biases and norms."""
+        width, patches = self.hidden_size, self.num_patches
+        embeddings = self.vocab_size + self.max_position_embeddings + self.type_vocab_size + patches
+        embeddings += self.modality_type_vocab_size + self.num_channels * self.patch_size**2 + 2 * self.contrastive_dim
+        block = 4 * width**2 + 2 * width * self.intermediate_size
+        gated = int(width * self.enhancement_expansion) * (3 * width + 18)
+        stage = 4 * patches**2 + 2 * patches * int(patches * self.enhancement_mlp_ratio) + gated
+        return width * embeddings + self.num_hidden_layers * block + len(self.enhancement_layers) * stage
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As transformers'; what it sets after the fields of the file is checked too.
+
+        Raises:
+            ValueError: as the class, and where the file asks for attention from a kernel on the Hub, which is code.
+        """
+        _check_attention(config_dict)
+        made = super().from_dict(config_dict, **kwargs)
+        (made[0] if isinstance(made, tuple) else made)._check_ranges()
+        return made
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        try:
+            config_dict = super()._dict_from_json_file(json_file)
+        except RecursionError as error:
+            raise OSError(f"{json_file} nests too deeply to be a configuration.") from error
+        if not isinstance(config_dict, dict):
+            raise OSError(f"{json_file} must hold a JSON object; it holds a {type(config_dict).__name__}.")
+        return config_dict
 
     @property
     def joins_last(self):
@@ -94,11 +193,48 @@ class IeftConfig(ViltConfig):
 
 def _square(name, size):
     """A side length from an integer or from a pair of equal integers."""
-    if isinstance(size, int):
-        return size
-    if len(size) == 2 and size[0] == size[1]:
-        return size[0]
+    side = size if isinstance(size, int) else size[0] if len(size) == 2 and size[0] == size[1] else None
+    if side is not None:
+        _check_whole(name, side)
+        return side
     raise ValueError(f"IEFT reads square grids: {name} must be one integer or two equal ones; got {size}.")
+
+
+def _check_whole(name, value):
+    lowest, highest = SIZES[name]
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        raise ValueError(f"{name} must be a whole number from {lowest} to {highest:,}; got {value!r}.")
+
+
+def _block_indices(blocks):
+    if not isinstance(blocks, list | tuple) or not all(type(block) is int for block in blocks):
+        raise ValueError(f"enhancement_layers must be a list of block indices; got {blocks!r}.")
+    return list(blocks)
+
+
+def _check_further_fields(config_class, fields):
+    """What a file adds to the fields of a configuration becomes its attributes: none may take a method's place."""
+    for name in fields:
+        own = getattr(config_class, name, None)
+        if name.startswith("__") or callable(own) or name in ("attribute_map", "sub_configs", "sub_configs_defaults"):
+            raise ValueError(f"{name!r} cannot be a field of config.json: it would replace a part of IeftConfig.")
+    labels = fields.get("num_labels")
+    if labels is not None and (isinstance(labels, bool) or not isinstance(labels, int) or not 0 <= labels <= MAX_LABELS):
+        raise ValueError(f"num_labels must be a whole number from 0 to {MAX_LABELS:,}; got {labels!r}.")
+    if not isinstance(fields.get("quantization_config", {}), dict | type(None)) and not hasattr(
+        fields["quantization_config"], "to_dict"
+    ):
+        raise ValueError(f"quantization_config must be an object; got {fields['quantization_config']!r}.")
+
+
+def _check_attention(fields):
+    for name in ("attn_implementation", "_attn_implementation"):
+        wish = fields.get(name)
+        if wish is not None and (not isinstance(wish, str) or not wish.replace("_", "").isalnum()):
+            raise ValueError(
+                f"{name} of config.json must be the name of an attention, such as 'sdpa' or 'eager'; got {wish!r}. "
+                "Kernels from the Hub are code: pass one to from_pretrained yourself if you trust it."
+            )
 
 
 IeftConfig.register_for_auto_class()

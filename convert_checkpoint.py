@@ -12,13 +12,15 @@ import logging
 import os
 import re
 import tempfile
+import zipfile
 from collections import Counter
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import BertTokenizer, PreTrainedConfig, ViltConfig
+from transformers import BertTokenizer, ViltConfig
 
 from configuration_ieft import IeftConfig
 from modeling_ieft import IeftForImageTextRetrieval
@@ -116,7 +118,11 @@ def read_tensors(path):
         ValueError: for a file that is no checkpoint, or that only running code from it could read.
     """
     if str(path).endswith(".safetensors"):
-        return load_file(path)
+        try:
+            return load_file(path)
+        except (SafetensorError, ValueError, KeyError, MemoryError) as error:
+            raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}. Download it again.") from error
+    _check_unpacked_size(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # garbage can raise anything
@@ -129,7 +135,25 @@ def read_tensors(path):
     tensors = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path} holds no `state_dict` of tensors: is it a checkpoint?")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path} holds a tensor under {name!r}, which is no name: is it a checkpoint?")
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise ValueError(f"{path} holds {name!r} as a sparse or quantized tensor; a plain one is expected.")
+        if tensor.is_meta or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path} says that {name!r} is {list(tensor.shape)}, and holds fewer numbers than that.")
     return tensors
+
+
+def _check_unpacked_size(path):
+    """That a zip, as `torch.save` writes it, holds no more than its own size: nothing in it is compressed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return  # the older format, or what torch.load will refuse
+    if unpacked > os.path.getsize(path):
+        raise ValueError(f"{path} unpacks to {unpacked:,} bytes, more than it has: no checkpoint that torch saves does.")
 
 
 def find_folder(source):
@@ -167,9 +191,13 @@ def published_config(source, tensors, sizes):
             f"{source} is neither an original ViLT nor a published IEFT checkpoint: it has no {missing[0]!r}; its "
             f"first names are {list(tensors)[:3]}. For weights saved by transformers, pass their folder."
         )
+    wrong = [name for name, rank in SIZED_BY.items() if tensors[name].dim() != rank]
+    if wrong:
+        shape = list(tensors[wrong[0]].shape)
+        raise ValueError(f"{source}: {wrong[0]} of {SIZED_BY[wrong[0]]} dimensions expected; it is {shape}.")
     positions, patch, words, captions, token_types, modalities, mlp = (tensors[name].shape for name in SIZED_BY)
-    blocks = len({name.split(".")[2] for name in tensors if name.startswith("transformer.blocks.")})
-    stages = len({name.split(".")[2] for name in tensors if name.startswith("transformer.SE_blocks.")})
+    blocks = len({name.split(".")[2] for name in tensors if re.match(r"transformer\.blocks\.\d+\.", name)})
+    stages = len({name.split(".")[2] for name in tensors if re.match(r"transformer\.SE_blocks\.\d+\.", name)})
     depth = min(blocks, IeftConfig.num_hidden_layers)
     found = {
         "hidden_size": positions[2],
@@ -189,15 +217,16 @@ def published_config(source, tensors, sizes):
     return IeftConfig(**(found | sizes))
 
 
-SIZED_BY = (
-    "transformer.pos_embed",
-    "transformer.patch_embed.proj.weight",
-    "text_embeddings.word_embeddings.weight",
-    "text_embeddings.position_embeddings.weight",
-    "text_embeddings.token_type_embeddings.weight",
-    "token_type_embeddings.weight",
-    "transformer.blocks.0.mlp.fc1.weight",
-)
+# Tensors that sizes are read off -> their dimensions.
+SIZED_BY = {
+    "transformer.pos_embed": 3,
+    "transformer.patch_embed.proj.weight": 4,
+    "text_embeddings.word_embeddings.weight": 2,
+    "text_embeddings.position_embeddings.weight": 2,
+    "text_embeddings.token_type_embeddings.weight": 2,
+    "token_type_embeddings.weight": 2,
+    "transformer.blocks.0.mlp.fc1.weight": 2,
+}
 
 
 def fitting_stages(depth):
@@ -207,12 +236,15 @@ def fitting_stages(depth):
 
 def folder_config(source, folder, sizes):
     """The configuration of an IEFT folder, or that of an IEFT around a transformers ViLT."""
-    found, _ = PreTrainedConfig.get_config_dict(folder)
+    found, _ = IeftConfig.get_config_dict(folder)
     if found.get("model_type") == "ieft":
         return IeftConfig.from_pretrained(folder, **sizes)
     if found.get("model_type") != "vilt":
         raise ValueError(f"A ViLT or IEFT checkpoint expected; {source} is of type {found.get('model_type')!r}.")
-    vilt = ViltConfig.from_dict(found)
+    try:
+        vilt = ViltConfig.from_dict(found)
+    except Exception as error:  # what transformers raises for fields of a wrong type is of many kinds
+        raise ValueError(f"{source}: its config.json is not that of a ViLT: {error}") from error
     shared = {name: getattr(vilt, name) for name in SHARED_SIZES}
     depth = min(vilt.num_hidden_layers, IeftConfig.num_hidden_layers)
     shared |= {"text_layer_norm_eps": vilt.layer_norm_eps, "num_hidden_layers": depth}
@@ -242,10 +274,12 @@ def rename_published(state_dict):
         if ours is None:
             left_over.append(name)
         elif ".qkv." in ours:
+            if tensor.dim() == 0 or tensor.shape[0] % 3:
+                raise ValueError(f"{name} must hold a query, a key and a value in its rows; it is {list(tensor.shape)}.")
             for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 renamed[ours.replace("qkv", part)] = rows
         else:
-            renamed[ours] = tensor.flatten(1) if ".project_" in ours else tensor
+            renamed[ours] = tensor.flatten(1) if ".project_" in ours and tensor.dim() > 1 else tensor
     return renamed, left_over
 
 
@@ -268,8 +302,8 @@ def build_model(config, tensors, unknown):
     Raises:
         ValueError: that lists every tensor without a place, without a value, or of another shape.
     """
-    model = IeftForImageTextRetrieval(config).eval()
-    own = model.state_dict()
+    with torch.device("meta"):  # shapes alone: nothing is allocated for a checkpoint that does not fit
+        own = IeftForImageTextRetrieval(config).state_dict()
     tensors = reshape(tensors, own, config)
     left_out = [name for name in [*unknown, *tensors] if name not in own]
     reasons = {name: reason_to_ignore(name, config.num_hidden_layers) for name in left_out}
@@ -283,6 +317,7 @@ def build_model(config, tensors, unknown):
     ]
     if faults:
         raise ValueError(f"The checkpoint does not fit an IEFT ({len(faults)} faults):\n" + "\n".join(sorted(faults)))
+    model = IeftForImageTextRetrieval(config).eval()
     model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in own}, strict=False)
     for reason, count in Counter(reasons.values()).items():
         logger.info("%d tensors left out: %s", count, reason)
@@ -295,7 +330,7 @@ def build_model(config, tensors, unknown):
 def reshape(tensors, own, config):
     """Positions for the grid of `config`; contrastive heads of another width than our `own` are dropped."""
     positions = EMBEDDINGS + "position_embeddings"
-    if positions in tensors:
+    if positions in tensors and tensors[positions].dim() == 3 and tensors[positions].shape[1] > 1:
         tensors = tensors | {positions: interpolate_positions(tensors[positions], config.grid_size)}
     if all(tensors[name].shape == own[name].shape for name in own.keys() & tensors.keys() if is_contrastive(name)):
         return tensors
@@ -332,7 +367,7 @@ def is_contrastive(name):
 def interpolate_positions(positions, grid_size):
     """Learned positions (1, 1+P, D) for another grid, (1, 1+grid_size^2, D): bilinear, corners aligned."""
     old_size = round((positions.shape[1] - 1) ** 0.5)
-    if old_size == grid_size:
+    if old_size == grid_size or old_size**2 != positions.shape[1] - 1:
         return positions
     grid = positions[:, 1:].transpose(1, 2).unflatten(2, (old_size, old_size)).float()  # (1, D, G, G)
     grid = torch.nn.functional.interpolate(grid, (grid_size, grid_size), mode="bilinear", align_corners=True)
@@ -350,7 +385,12 @@ def load_processor(folder, config, *, tokenizer=None, fit=None):
         ValueError: for a tokenizer of another vocabulary than the network's.
     """
     if (folder / "processor_config.json").is_file() and tokenizer is None:
-        processor = IeftProcessor.from_pretrained(folder)
+        try:
+            processor = IeftProcessor.from_pretrained(folder)
+        except OSError:
+            raise
+        except Exception as error:  # of garbage, the tokenizers library raises anything
+            raise ValueError(f"The processor or tokenizer in {folder} cannot be read: {error}") from error
         processor.image_processor.image_size = config.image_size
         processor.image_processor.fit = fit or processor.image_processor.fit
         return processor
@@ -358,7 +398,7 @@ def load_processor(folder, config, *, tokenizer=None, fit=None):
     place = tokenizer or (str(folder) if has_own else DEFAULT_TOKENIZER)
     try:
         vocabulary = BertTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of garbage, the tokenizers library raises anything
         raise OSError(
             f"No tokenizer could be had from {place!r}. Pass --tokenizer with a folder that holds BERT's uncased "
             "vocabulary (vocab.txt or tokenizer.json), or a Hub id that can be reached."

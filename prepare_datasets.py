@@ -11,7 +11,6 @@ the user has.
 
 import argparse
 import hashlib
-import io
 import json
 import logging
 import os
@@ -23,8 +22,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 from datasets.table import embed_table_storage
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
-from PIL import Image
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi, constants
 from tqdm import tqdm
 
 from ieft.archives import extract, is_archive, tar_members
@@ -33,6 +31,7 @@ from ieft.builders import SCENES_SEED, CaptionRowsBuilder, ScenesBuilder
 from ieft.downloads import download
 from ieft.sources import IMAGE_ENDINGS, Source, read_source, read_webdataset, table_source
 from ieft.streams import load_from_hub, stream_hub_dataset, stream_rows
+from processing_ieft import open_picture
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +132,8 @@ def find_source(name_or_path, data_dir, columns, kept):
         if path.is_file() and is_archive(path):
             if _is_webdataset(path):
                 return name, read_webdataset(path)
-            path = unpack(path, kept)
+            folder = unpack(path, kept)
+            return name, keep_inside(read_source(folder, name, **columns), [folder], path)
         return name, read_source(path, name, **columns)
     if data_dir is None and is_hub_id(name_or_path):
         return name_or_path, read_hub_dataset(name_or_path, columns, kept)
@@ -141,6 +141,19 @@ def find_source(name_or_path, data_dir, columns, kept):
     raise ValueError(
         f"A dataset's name ({names}), an existing folder or file, or user/name expected; got {str(path)!r}."
     )
+
+
+def keep_inside(source, folders, origin):
+    """The source, where every image that is a file lies in one of the folders.
+
+    Raises:
+        ValueError: for another: what comes from elsewhere could name files of this machine, to be published with it.
+    """
+    folders = [Path(folder).resolve() for folder in folders]
+    for row in source.rows:
+        if isinstance(row["image"], Path) and not any(row["image"].resolve().is_relative_to(each) for each in folders):
+            raise ValueError(f"{origin} names an image outside itself, {row['filename']!r}: such files are not read.")
+    return source
 
 
 def is_hub_id(name_or_path):
@@ -178,7 +191,8 @@ def read_hub_dataset(name, columns, kept):
                 data = data.cast_column(column, datasets.Image(decode=False))
         records = [{"split": split} | record if len(splits) == 1 else record | {"split": split} for record in data]
         rows += table_source(Path(name), records, columns).rows
-    return Source(name, name, rows)
+    fetched = [kept, datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE]
+    return keep_inside(Source(name, name, rows), [*fetched, Path(name)], name)
 
 
 # Checking ------------------------------------------------------------------------------------------------------------
@@ -234,11 +248,10 @@ def image_faults(rows, kept, num_proc):
 
 
 def image_fault(image):
-    """PIL's `verify` misses truncated files; reading the pixels finds them."""
+    """PIL's `verify` misses truncated files; reading the pixels as training will finds them."""
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            opened.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        open_picture(image)
+    except (OSError, ValueError) as error:
         return f"{UNREADABLE}: {error}"
     return None
 

@@ -4,6 +4,11 @@ In: images of any PIL mode, arrays, paths or URLs; captions as sentences. Out: `
 image_size) in [-1, 1], `input_ids` and `attention_mask` (C, L). It knows nothing of pairs, datasets or networks.
 """
 
+import base64
+import io
+import os
+
+import httpx
 import numpy as np
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
@@ -20,6 +25,11 @@ logger = logging.get_logger(__name__)
 
 STRETCH_PERCENTILES = (2, 98)
 FITS = ("crop", "squash")
+MAX_SIDE = 2**14
+MAX_CAPTION_TOKENS = 2**16
+# PIL knows some forty more, and starts a program to read one of them (EPS).
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
+URL_TIMEOUT = 20  # seconds without an answer
 
 
 def stretch_to_bytes(band):
@@ -38,6 +48,51 @@ def stretch_to_bytes(band):
         return np.where(finite & (band != 0), 128, 0).astype(np.uint8)
     scaled = (np.where(finite, band, low) - low) / (high - low)
     return (scaled.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def open_picture(file):
+    """An image file, a path or its bytes, as `to_rgb` gives it.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: for a file in none of `FORMATS`, damaged, or of more pixels than PIL's `MAX_IMAGE_PIXELS` allows.
+    """
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats) as image:
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of garbage, PIL's readers raise anything
+        shown = "image" if isinstance(file, bytes) else file
+        reason = str(error) or type(error).__name__
+        raise ValueError(reason if "cannot identify" in reason else f"{shown} cannot be read: {reason}") from error
+
+
+def _fetch(source):
+    """The bytes of a URL, of a `data:` URL or of base64, or the path of a file."""
+    if source.startswith(("http://", "https://")):
+        try:
+            return httpx.get(source, follow_redirects=True, timeout=URL_TIMEOUT).raise_for_status().content
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            raise OSError(f"{source[:200]} cannot be downloaded: {error}") from error
+    if _is_file(source):
+        return source
+    encoded = source.partition(",")[2] if source.startswith("data:image/") else source
+    try:
+        return base64.b64decode("".join(encoded.split()), validate=True)
+    except ValueError as error:
+        raise ValueError(
+            f"The path of an image file, its URL or its bytes in base64 expected; got {source[:200]!r}."
+        ) from error
+
+
+def _is_file(source):
+    try:
+        return os.path.isfile(source)
+    except ValueError:  # a zero byte
+        return False
 
 
 def to_rgb(image):
@@ -91,6 +146,8 @@ class IeftImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         if fit not in FITS:
             raise ValueError(f"fit must be one of {', '.join(FITS)}; got {fit!r}.")
+        if type(image_size) is not int or not 0 < image_size <= MAX_SIDE:
+            raise ValueError(f"image_size must be a whole number from 1 to {MAX_SIDE:,}; got {image_size!r}.")
         self.image_size = image_size
         self.fit = fit
 
@@ -110,6 +167,12 @@ class IeftImageProcessor(BaseImageProcessor):
         images = make_flat_list_of_images(self.fetch_images(images))
         return BatchFeature({"pixel_values": np.stack([self._to_array(image) for image in images])}, return_tensors)
 
+    def fetch_images(self, images):
+        """Paths, URLs and base64 as PIL RGB by `open_picture`; anything else as it is."""
+        if isinstance(images, list | tuple):
+            return [self.fetch_images(image) for image in images]
+        return open_picture(_fetch(images)) if isinstance(images, str) else super().fetch_images(images)
+
     def _to_array(self, image):
         rgb = to_rgb(image) if isinstance(image, Image.Image) else array_to_rgb(image)
         return self.scale_pixels(np.asarray(self.fit_square(rgb)))
@@ -128,6 +191,21 @@ class IeftImageProcessor(BaseImageProcessor):
         return ImageOps.fit(image, square, Image.Resampling.BICUBIC)
 
 
+def check_text(captions):
+    """That captions are sentences that can be written as UTF-8, which the tokenizer works on.
+
+    Raises:
+        ValueError: that names the first one that is not.
+    """
+    if not captions:
+        raise ValueError("At least one caption expected; got an empty list.")
+    for number, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise ValueError(f"Captions must be strings; caption {number} is a {type(caption).__name__}.")
+        if any("\ud800" <= letter <= "\udfff" for letter in caption):
+            raise ValueError(f"Captions must be text; caption {number} holds half a character: {ascii(caption)[:200]}.")
+
+
 class IeftProcessor(ProcessorMixin):
     """A BERT tokenizer and an `IeftImageProcessor`.
 
@@ -136,6 +214,10 @@ class IeftProcessor(ProcessorMixin):
     """
 
     def __init__(self, image_processor=None, tokenizer=None, max_caption_tokens=40, **kwargs):
+        if type(max_caption_tokens) is not int or not 3 <= max_caption_tokens <= MAX_CAPTION_TOKENS:
+            raise ValueError(
+                f"max_caption_tokens must be a whole number from 3 to {MAX_CAPTION_TOKENS:,}; got {max_caption_tokens!r}."
+            )
         self.max_caption_tokens = max_caption_tokens
         super().__init__(image_processor, tokenizer, **kwargs)
 
@@ -155,6 +237,7 @@ class IeftProcessor(ProcessorMixin):
         data = {}
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
+            check_text(text)
             encoding = self.tokenizer(
                 text, padding=padding, truncation=True, max_length=self.max_caption_tokens,
                 return_token_type_ids=False, **kwargs,
@@ -173,4 +256,4 @@ AutoImageProcessor.register(IeftConfig, image_processor_classes=BACKENDS, exist_
 IeftImageProcessor.register_for_auto_class()
 IeftProcessor.register_for_auto_class()
 
-__all__ = ["IeftImageProcessor", "IeftProcessor", "array_to_rgb", "stretch_to_bytes", "to_rgb"]
+__all__ = ["IeftImageProcessor", "IeftProcessor", "array_to_rgb", "open_picture", "stretch_to_bytes", "to_rgb"]

@@ -13,6 +13,9 @@ from pathlib import Path, PurePosixPath
 
 ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 CHUNK = 2**20
+EXTENDED_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+MAX_HEADER_BYTES = 2**20  # of a long name; tarfile reads it into memory
+MAX_RATIO = 200  # bytes unpacked for each of the archive, beyond the first GiB: images and their captions need about 20
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,24 @@ class Limits:
 
 class UnsafeArchiveError(ValueError):
     """An archive that reaches outside its folder, holds links, or is larger than allowed; nothing of it is kept."""
+
+
+class StrictTarInfo(tarfile.TarInfo):
+    """A member whose header is taken as it is or not at all.
+
+    Python's own goes back and forth for ever over a negative size, reads a name of any length into memory, and ends
+    the archive without a word at a header in its middle that is damaged.
+    """
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        try:
+            member = super().frombuf(buf, encoding, errors)
+        except tarfile.InvalidHeaderError as error:
+            raise tarfile.ReadError(f"damaged header ({error})") from error
+        if member.size < 0 or (member.type in EXTENDED_HEADERS and member.size > MAX_HEADER_BYTES):
+            raise tarfile.ReadError(f"a header of {member.size:,} bytes")
+        return member
 
 
 def is_archive(path):
@@ -50,7 +71,9 @@ def extract(archive, target, *, limits=None):
     try:
         count = _extract_members(archive, partial, limits or Limits())
         partial.rename(target)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except UnsafeArchiveError:
+        raise
+    except Exception as error:  # a damaged archive can raise anything
         raise ValueError(f"{archive} cannot be unpacked: {error}. Download it again, or unpack it by hand.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -58,7 +81,7 @@ def extract(archive, target, *, limits=None):
 
 
 def _extract_members(archive, folder, limits):
-    left = limits.total_bytes
+    left = min(limits.total_bytes, max(2**30, MAX_RATIO * archive.stat().st_size))
     count = 0
     for name, opened in _members(archive, limits):
         path = _inside(folder, name, archive)
@@ -81,9 +104,11 @@ def _members(archive, limits):
                     with opened.open(member) as file:
                         yield member.filename, file
     else:
-        with tarfile.open(archive) as opened:
+        with tarfile.open(archive, tarinfo=StrictTarInfo) as opened:
             for count, member in enumerate(opened, start=1):
                 _check_count(count, limits, archive)
+                if member.size < 0:
+                    raise tarfile.ReadError(f"{member.name!r} has a negative size")
                 if member.isfile():
                     yield member.name, opened.extractfile(member)
                 elif not member.isdir():
@@ -123,9 +148,20 @@ def _copy(opened, path, limit, archive):
 
 
 def tar_members(archive):
-    """Where each plain file of an uncompressed tar lies in it: a list of (name, offset, size). Nothing is unpacked."""
+    """Where each plain file of an uncompressed tar lies in it: a list of (name, offset, size). Nothing is unpacked.
+
+    Raises:
+        ValueError: for a file that is no tar, or a damaged one, and for members that do not lie in it as they are.
+    """
+    end = Path(archive).stat().st_size
+    members = []
     try:
-        with tarfile.open(archive, "r:") as opened:
-            return [(member.name, member.offset_data, member.size) for member in opened if member.isfile()]
-    except (tarfile.TarError, EOFError, OSError) as error:
+        with tarfile.open(archive, "r:", tarinfo=StrictTarInfo) as opened:
+            for member in opened:
+                if member.issparse() or not 0 <= member.size <= end - member.offset_data:
+                    raise tarfile.ReadError(f"{member.name!r} is said to hold {member.size:,} bytes, which it does not")
+                if member.isfile():
+                    members.append((member.name, member.offset_data, member.size))
+        return members
+    except Exception as error:  # a damaged archive can raise anything
         raise ValueError(f"{archive} is not a tar that can be read without unpacking: {error}.") from error

@@ -5,6 +5,7 @@ knows nothing of where rows come from, and changes none of them on disk.
 """
 
 import json
+import reprlib
 import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ CONTROL = "a caption with control characters"
 NOT_TEXT = "a caption that is not text"
 TOO_LONG = f"a caption of more than {MAX_WORDS:,} words"
 NO_CAPTIONS = "no captions"
+NOT_A_NAME = "a file name that is not text"
 NAMED_TWICE = "named before"
 TWO_SPLITS = "named before in another split"
 MISSING = "no such image file"
@@ -30,6 +32,7 @@ REMEDIES = {
     CONTROL: "save the annotations as UTF-8 text without control characters",
     NOT_TEXT: "captions must be strings, or lists of strings",
     TOO_LONG: "one caption is one sentence: look for captions run together",
+    NOT_A_NAME: "give the file a name in UTF-8, and save the annotations as UTF-8",
     NO_CAPTIONS: "write captions for the image, or leave it out of the annotations",
     TWO_SPLITS: "keep the image in one split, since it would be tested on what was trained on",
     NAMED_TWICE: "put all captions of an image into one entry",
@@ -75,7 +78,7 @@ def check_captions(captions):
 def caption_fault(caption):
     """Why a caption cannot be used, or None."""
     if not isinstance(caption, str):
-        return f"{NOT_TEXT}: {str(caption)[:60]!r}"
+        return f"{NOT_TEXT}: {show(caption)!r}"
     if not caption.strip():
         return BLANK
     if any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\n\r" for letter in caption):
@@ -84,6 +87,18 @@ def caption_fault(caption):
         return f"{PUNCTUATION}: {caption.strip()[:60]!r}"
     words = len(caption.split())
     return f"{TOO_LONG}: {words:,}" if words > MAX_WORDS else None
+
+
+def show(value):
+    """The beginning of a value from a file, for a message: short whatever its size, and however deep it nests."""
+    return reprlib.repr(value)[:200].encode("utf-8", "backslashreplace").decode()
+
+
+def name_fault(row):
+    """Why the name or path of a row's image cannot be kept as text, or None."""
+    name = f"{row['filename']}{row['image'] if isinstance(row.get('image'), Path) else ''}"
+    bad = any(unicodedata.category(letter) == "Cs" or letter == "\0" for letter in name)
+    return f"{NOT_A_NAME}: {ascii(row['filename'])[:60]}" if bad else None
 
 
 def usable_rows(rows, image_reasons):
@@ -96,7 +111,7 @@ def usable_rows(rows, image_reasons):
     usable, bad, splits = [], [], {}
     for number, row in enumerate(rows):
         captions, caption_reasons = check_captions(row["captions"])
-        image_reason = image_reasons.get(number) or _named_before(row, splits)
+        image_reason = image_reasons.get(number) or name_fault(row) or _named_before(row, splits)
         dropped = "caption" if captions else "image and captions"
         bad += make_bad_rows(number, row, caption_reasons, dropped)
         if image_reason:

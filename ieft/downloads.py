@@ -23,6 +23,8 @@ def download(url, folder, *, max_bytes=MAX_BYTES, timeout=TIMEOUT, total_timeout
     Returns:
         (Path, None), or (None, reason).
     """
+    if not url.lower().startswith(("http://", "https://")) or not url.isascii():
+        return None, f"cannot be downloaded: not an http or https URL in ASCII: {ascii(url)[:200]}"
     path = Path(folder) / hashlib.sha256(url.encode()).hexdigest()
     if path.is_file():
         return path, None
@@ -30,7 +32,7 @@ def download(url, folder, *, max_bytes=MAX_BYTES, timeout=TIMEOUT, total_timeout
     partial = path.with_suffix(f".{os.getpid()}")
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "ieft"})
-        with urllib.request.urlopen(request, timeout=timeout) as answer, partial.open("wb") as file:
+        with build_opener().open(request, timeout=timeout) as answer, partial.open("wb") as file:
             reason = _copy(answer, file, max_bytes, time.monotonic() + total_timeout)
         if reason is None:
             partial.replace(path)
@@ -41,9 +43,21 @@ def download(url, folder, *, max_bytes=MAX_BYTES, timeout=TIMEOUT, total_timeout
     return (None, reason) if reason else (path, None)
 
 
+def build_opener():
+    """http and https alone: a redirect could lead to ftp otherwise."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,
+    ):  # fmt: skip
+        opener.add_handler(handler())
+    return opener
+
+
 def _copy(answer, file, max_bytes, deadline):
     size = 0
-    while chunk := answer.read(CHUNK):
+    while chunk := answer.read1(CHUNK):  # what has come: `read` would wait for all of it, however slow it drips
         size += len(chunk)
         if size > max_bytes:
             return f"cannot be downloaded: larger than {max_bytes:,} bytes"

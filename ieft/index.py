@@ -10,6 +10,7 @@ Retrieval with Transformers", CVPR 2021.
 """
 
 import hashlib
+import re
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -18,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 from lancedb.index import IvfPq
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ieft.ranking import fingerprint, score_pairs
-from processing_ieft import to_rgb
+from processing_ieft import open_picture
 
 TABLE = "images"
 CHECKPOINT = b"ieft_checkpoint"  # in the table's schema: the fingerprint of the checkpoint that made it
@@ -31,6 +32,13 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp", *GEOTIFF_SUF
 IMAGES_AT_ONCE = 64
 FEWEST_FOR_VECTOR_INDEX = 50_000  # below, every vector is compared, in milliseconds and exactly
 PARTITION_ROWS = 1024
+MAX_WHERE = 10_000  # characters
+# What may stand before a bracket in a filter: no function that makes long strings, which would fill the memory.
+WHERE_WORDS = frozenset(
+    "abs and any between by cast ceil contains date date_part date_trunc else ends_with exists extract floor ilike in "
+    "interval is length like lower not now or regexp_like round starts_with strpos then timestamp to_timestamp trim "
+    "try_cast upper when".split()
+)
 PROBES, REFINE = 80, 10  # partitions looked into; candidates re-scored by their full vectors, per hit
 METADATA = {
     "file": pa.string(), "content": pa.string(), "bytes": pa.int64(), "time": pa.timestamp("ms", "UTC"),
@@ -89,13 +97,15 @@ class ImageIndex:
             dict: `added` and `unchanged`, how many; `unreadable`, a dict of file -> why.
         """
         files = list(dict.fromkeys(str(Path(file).resolve()) for file in files))
-        report = {"added": 0, "unchanged": 0, "unreadable": {}}
+        not_text = [file for file in files if _is_not_text(file)]
+        files = [file for file in files if file not in not_text]
+        report = {"added": 0, "unchanged": 0, "unreadable": dict.fromkeys(not_text, "its name is not UTF-8: rename it")}
         for first in range(0, len(files), batch_size):
             self._add_batch(files[first : first + batch_size], report)
         return report
 
     def _add_batch(self, files, report):
-        known = {row["file"]: row["content"] for row in self.rows(_any_of(files), columns=["file", "content"])}
+        known = {row["file"]: row["content"] for row in self._select(_any_of(files), ["file", "content"])}
         rows, pictures = [], []
         for file in files:
             try:
@@ -106,7 +116,7 @@ class ImageIndex:
                 picture = read_picture(file)
                 rows.append({"content": content, **_describe(file, picture)})
                 pictures.append(np.asarray(self.processor.image_processor.fit_square(picture)))
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
+            except (OSError, ValueError) as error:
                 report["unreadable"][file] = str(error)
         if rows:
             vectors = self.embed_images([Image.fromarray(square) for square in pictures])
@@ -130,13 +140,19 @@ class ImageIndex:
 
     def delete(self, files):
         """Take files out of the index; the files themselves stay. Gives how many were there."""
-        files = [str(Path(file).resolve()) for file in files]
+        files = [file for file in (str(Path(file).resolve()) for file in files) if not _is_not_text(file)]
         return self.table.delete(_any_of(files)).num_deleted_rows if files else 0
 
     def rows(self, where=None, *, columns=tuple(METADATA)):
-        """What is known of the images that `where`, an SQL expression over the columns, holds for; all without one."""
-        query = self.table.search().select(list(columns))
-        return (query.where(where) if where else query).to_list()
+        """What is known of the images that `where`, an SQL expression over the columns, holds for; all without one.
+
+        Raises:
+            ValueError: for an expression that is none, or does more than compare.
+        """
+        return self._select(check_where(where), columns)
+
+    def _select(self, where, columns):
+        return _fetch(self.table.search().select(list(columns)), where)
 
     @torch.no_grad()
     def embed_images(self, images):
@@ -147,7 +163,7 @@ class ImageIndex:
     @torch.no_grad()
     def embed_caption(self, caption):
         """A sentence -> a unit vector (E,)."""
-        if not caption.strip():
+        if not isinstance(caption, str) or not caption.strip():
             raise ValueError("A caption to look for expected; got an empty one.")
         tokens = self.processor(text=[caption]).to(self.model.device)
         return self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"])[0].float().cpu().numpy()
@@ -167,7 +183,7 @@ class ImageIndex:
         query = self.table.search(np.asarray(vector, dtype=np.float32), vector_column_name="vector")
         query = query.distance_type("dot").nprobes(PROBES).refine_factor(REFINE)
         query = query.select([*METADATA, "_distance"]).limit(top_k)
-        hits = (query.where(where, prefilter=True) if where else query).to_list()
+        hits = _fetch(query, check_where(where), prefilter=True)
         return [hit | {"similarity": 1 - hit.pop("_distance")} for hit in hits]
 
     def search(self, caption, *, top_k=10, rerank_top_k=32, where=None):
@@ -196,6 +212,45 @@ class ImageIndex:
         pairs = [(row, 0) for row in range(len(hits))]
         images = FileImages([hit["file"] for hit in hits], self.processor)
         return score_pairs(self.model, images, tokens, pairs, progress=False)
+
+
+def check_where(where):
+    """The filter as it is, or None.
+
+    Raises:
+        ValueError: for anything that is not a short comparison of columns.
+    """
+    if where is None or where == "":
+        return None
+    if not isinstance(where, str) or len(where) > MAX_WHERE or _is_not_text(where):
+        raise ValueError(f"where must be an SQL expression of up to {MAX_WHERE:,} characters; got {ascii(where)[:200]}.")
+    outside = re.sub(r"'(?:[^']|'')*'", "''", where)
+    found = re.search(r"\\'|[;?$]|--|/\*|\|\||[\"`\]]\s*\(", outside if "\\'" not in where else "\\'")
+    words = [word for word in re.findall(r"(\w+)\s*\(", outside) if word.lower() not in WHERE_WORDS]
+    if found or words:
+        raise ValueError(
+            f"where must be a comparison such as \"width >= 256 AND north > 48\"; {(words or [found.group()])[0]!r} cannot "
+            f"stand in one. Functions: {', '.join(sorted(WHERE_WORDS))}."
+        )
+    return where
+
+
+def _fetch(query, where, **options):
+    """Rows of a LanceDB query as dicts; where a filter is at fault, an error that shows it."""
+    if not where:
+        return query.to_list()
+    try:
+        return query.where(where, **options).to_list()
+    except OSError:
+        raise
+    except Exception as error:  # LanceDB's: ValueError, RuntimeError, a panic of its parser
+        reason = re.split(r", \S+\.rs:\d+", str(error))[0][:500]  # where in LanceDB's own code
+        raise ValueError(f"where={where[:200]!r} cannot filter images by {', '.join(METADATA)}: {reason}") from error
+
+
+def _is_not_text(text):
+    """Whether it holds half a character, as the names of files that are not UTF-8 do."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 class FileImages(Dataset):
@@ -240,12 +295,11 @@ def read_picture(file):
         FileNotFoundError, ValueError: for a file that is gone, or cannot be decoded.
     """
     try:
-        with Image.open(file) as image:
-            return to_rgb(image)
+        return open_picture(file)
     except FileNotFoundError as error:
         message = f"{file} is in the index, or was asked for, but is not there: put it back, or delete it by name."
         raise FileNotFoundError(message) from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{file} cannot be read as an image: {error}") from error
 
 
@@ -260,7 +314,7 @@ def _read_bounds(file):
     """Bounds in the image's own coordinates, and their reference system; nothing for a TIFF without any."""
     import rasterio  # the extra `geo`
 
-    with rasterio.open(file) as scene:
+    with rasterio.open(file, driver="GTiff") as scene:  # by its content, GDAL would follow what other formats refer to
         if scene.crs is None:
             return {}
         west, south, east, north = scene.bounds

@@ -161,7 +161,7 @@ def _score(model, images, captions, starts, pairs_of, title, *, dtype, batch_tok
             rows = np.unique(rows, return_inverse=True)[1].reshape(-1)  # within this tile
             compute = partial(_score_tile, network, pixels, prepared_captions, rows, columns, batch_tokens)
             key = cache and cache.key(pixels, rows, [captions[column] for column in columns])
-            scores[start:stop] = cache.get_or_compute(key, compute) if cache else compute()
+            scores[start:stop] = cache.get_or_compute(key, stop - start, compute) if cache else compute()
             everyones = tiles[number * processes : (number + 1) * processes]
             bar.update(int(everyones[-1][1] - everyones[0][0]))
     return _sum_over_processes(scores, model.device) if processes > 1 else scores
@@ -279,13 +279,13 @@ class _ScoreCache:
         digest.update(json.dumps(captions).encode())
         return digest.hexdigest()
 
-    def get_or_compute(self, key, compute):
+    def get_or_compute(self, key, num_pairs, compute):
         """The scores of a tile: those kept, or else what `compute` gives, which is kept then."""
         path = self.folder / f"{key[:32]}.safetensors"
         if path.exists():
             try:
-                return _read_tile(path, key)
-            except (SafetensorError, ValueError) as error:
+                return _read_tile(path, key, num_pairs)
+            except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
                 logger.warning("%s is damaged (%s) and is computed again.", path, error)
         scores = np.ascontiguousarray(compute(), dtype=np.float32)
         beside = path.with_suffix(f".{os.getpid()}.tmp")  # a killed process never leaves half a tile under its name
@@ -295,7 +295,7 @@ class _ScoreCache:
         return scores
 
 
-def _read_tile(path, key):
+def _read_tile(path, key, num_pairs):
     """Scores as written.
 
     Raises:
@@ -304,6 +304,8 @@ def _read_tile(path, key):
     """
     with safe_open(path, framework="np") as file:
         scores, metadata = file.get_tensor("scores"), file.metadata()
+    if scores.dtype != np.float32 or scores.shape != (num_pairs,):
+        raise ValueError(f"it holds {scores.dtype} scores of shape {scores.shape}")
     if metadata != {"key": key, "sha256": hashlib.sha256(scores).hexdigest()}:
         raise ValueError("its checksum does not fit")
     return scores

@@ -64,8 +64,13 @@ def _add_command(commands, name, function, text):
 
 
 def open_index(args, *, create=False):
-    model = IeftForImageTextRetrieval.from_pretrained(args.model)
-    processor = IeftProcessor.from_pretrained(args.model)
+    try:
+        model = IeftForImageTextRetrieval.from_pretrained(args.model)
+        processor = IeftProcessor.from_pretrained(args.model)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # safetensors and tokenizers have errors of their own
+        raise ValueError(f"{args.model} cannot be loaded as a checkpoint: {type(error).__name__}: {error}") from error
     return ImageIndex(args.index, model, processor=processor, create=create)
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet  # noqa: F401 (pa.parquet)
 
 from ieft.archives import tar_members
+from ieft.bad_rows import show
 
 # Spellings in circulation; the first that exists is taken, whatever its case.
 ANNOTATION_NAMES = ("dataset.json", "dataset_{name}.json", "{name}.json")
@@ -31,6 +32,9 @@ IMAGE_COLUMNS = ("image", "image_path", "filepath", "path", "file_name", "filena
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentence", "text", "raw")
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif")
+# A few kilobytes of parquet or arrow can stand for more than any memory holds.
+MAX_ROWS = 10_000_000
+MAX_TABLE_RATIO = 200  # bytes of a table for each of its file, beyond the first 2 GiB: captions need about 10
 NWPU_SENTENCES = ("raw", "raw_1", "raw_2", "raw_3", "raw_4")
 
 
@@ -138,10 +142,10 @@ def _nwpu_entries(content, path):
             if not isinstance(image, dict) or not {"filename", "split", "raw"} <= set(image):
                 raise ValueError(
                     f"{path}: image {position} of class {land_use!r} must have `filename`, `split`, `raw` and "
-                    f"`raw_1` to `raw_4`; found {json.dumps(image)[:200]}."
+                    f"`raw_1` to `raw_4`; found {show(image)}."
                 )
             sentences = [{"raw": image[key]} for key in NWPU_SENTENCES if key in image]
-            filename = f"{land_use}/{Path(str(image['filename'])).name}"
+            filename = f"{land_use}/{Path(_name(image['filename'])).name}"
             entries.append({"filename": filename, "split": image["split"], "sentences": sentences})
     return entries
 
@@ -158,25 +162,38 @@ def read_entries(path, entries, folder, name):
     rows = []
     for position, entry in enumerate(entries):
         try:
-            filename, captions = str(entry["filename"]), [sentence["raw"] for sentence in entry["sentences"]]
+            filename, captions = _name(entry["filename"]), [sentence["raw"] for sentence in entry["sentences"]]
             split = SPLIT_NAMES[entry["split"]]
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}: image {position} must have a `filename`, a `split` of {', '.join(SPLIT_NAMES)} and "
-                f"`sentences` of `raw`; found {json.dumps(entry)[:200]}."
+                f"`sentences` of `raw`; found {show(entry)}."
             ) from error
-        image = paths.get(filename.lower()) or paths.get(Path(filename).name.lower())
+        image = _look_up(paths, filename) or _look_up(paths, Path(filename).name)
         rows.append({"filename": filename, "split": split, "captions": captions, "image": image})
     return Source(path, image_folder, rows)
 
 
 def index_images(folder):
-    """Files below a folder by relative path, and by bare name where only one has it; both in lower case."""
-    paths, names = {}, {}
+    """Files below a folder by relative path, and by that or the bare name in lower case where only one has it."""
+    exact, paths, names = {}, {}, {}
     for path in sorted(each for each in folder.rglob("*") if each.is_file()):
-        paths[path.relative_to(folder).as_posix().lower()] = path
+        relative = path.relative_to(folder).as_posix()
+        exact[relative] = path
+        paths[relative.lower()] = None if relative.lower() in paths else path
         names[path.name.lower()] = None if path.name.lower() in names else path
-    return {name: path for name, path in names.items() if path} | paths
+    return {name: path for name, path in (names | paths).items() if path} | exact
+
+
+def _look_up(paths, name):
+    return paths.get(name) or paths.get(name.lower())
+
+
+def _name(value):
+    """A file name as text; annotations that number their images are right too."""
+    if not isinstance(value, str | int):
+        raise TypeError(f"a file name that is {show(value)}")
+    return str(value)
 
 
 def read_coco(path, content, folder):
@@ -189,18 +206,18 @@ def read_coco(path, content, folder):
         split = split_of_name(path) or "train"
         rows = [
             {
-                "filename": image["file_name"],
+                "filename": _name(image["file_name"]),
                 "split": SPLIT_NAMES.get(image.get("split"), split),
                 "captions": captions[image["id"]],
-                "image": paths.get(str(image["file_name"]).lower())
-                or paths.get(f"{path.stem.removeprefix('captions_')}/{image['file_name']}".lower()),
+                "image": _look_up(paths, _name(image["file_name"]))
+                or _look_up(paths, f"{path.stem.removeprefix('captions_')}/{image['file_name']}"),
             }
             for image in content["images"]
         ]
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path} must be COCO captions: `images` of `id` and `file_name`, and `annotations` of `caption` and the "
-            f"`image_id` of one of them; lacks {error}."
+            f"`image_id` of one of them; lacks {str(error)[:200]}."
         ) from error
     return Source(path, folder, rows)
 
@@ -213,16 +230,35 @@ def read_table(path, columns):
     lower = path.name.lower()
     try:
         if lower.endswith(".parquet"):
-            records = pa.parquet.read_table(path).to_pylist()
+            records = _read_parquet(path)
         elif lower.endswith((".jsonl", ".ndjson")):
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         else:
             csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
             with path.open(encoding="utf-8-sig", newline="") as file:
                 records = list(csv.DictReader(file, delimiter="\t" if lower.endswith(".tsv") else ","))
-    except (ValueError, csv.Error, pa.ArrowException) as error:
+    except (ValueError, csv.Error, RecursionError, OverflowError, pa.ArrowException) as error:
         raise ValueError(f"{path} cannot be read as a table: {error}.") from error
     return table_source(path, records, columns)
+
+
+def _read_parquet(path):
+    """Records of a Parquet file, read piece by piece: its own word on how much it holds proves nothing."""
+    records, size = [], 0
+    with pa.parquet.ParquetFile(path) as file:
+        _check_table_size(path, file.metadata.num_rows, 0)
+        for batch in file.iter_batches(batch_size=1024, use_threads=False):
+            batch.validate(full=True)
+            size += batch.nbytes
+            _check_table_size(path, len(records) + batch.num_rows, size)
+            records += batch.to_pylist()
+    return records
+
+
+def _check_table_size(path, rows, size):
+    limit = max(2 * 2**30, MAX_TABLE_RATIO * path.stat().st_size)
+    if rows > MAX_ROWS or size > limit:
+        raise ValueError(f"it holds more than {MAX_ROWS:,} rows, or {limit:,} bytes once unpacked")
 
 
 def table_source(path, records, columns, *, start=0):
@@ -231,7 +267,7 @@ def table_source(path, records, columns, *, start=0):
     Where a record holds one caption, records of one image in one split are one row.
     """
     if not records or not all(isinstance(record, dict) for record in records):
-        raise ValueError(f"{path} must hold records with an image and captions each; found {str(records)[:200]}.")
+        raise ValueError(f"{path} must hold records with an image and captions each; found {show(records)}.")
     image_column, caption_columns = choose_columns(path, records[0], columns)
     rows = {}
     for position, record in enumerate(records, start):
@@ -239,7 +275,7 @@ def table_source(path, records, columns, *, start=0):
         split = _split(record, path, position)
         image, filename = _locate(record.get(image_column), path.parent, f"{split}_{position}")
         if isinstance(image, bytes) and record.get("filename"):
-            filename = str(record["filename"])
+            filename = record["filename"] if isinstance(record["filename"], str) else show(record["filename"])
         key = (filename, split) if isinstance(record.get(caption_columns[0]), str) else position
         row = rows.setdefault(key, {"filename": filename, "split": split, "captions": [], "image": image})
         row["captions"] += captions
@@ -264,7 +300,7 @@ def choose_columns(where, names, columns):
     if chosen[0] not in names or not captions:
         raise ValueError(
             f"{where}: which column holds images, and which captions? Its columns are "
-            f"{', '.join(map(str, names))}. Pass --image_column and --caption_column."
+            f"{', '.join(map(str, names))[:1000]}. Pass --image_column and --caption_column."
         )
     return chosen[0], captions
 
@@ -291,14 +327,21 @@ def _locate(value, folder, unnamed):
         return None, unnamed
     if re.match(r"https?://", value):
         return value, value
-    path = folder / value
-    return (path if len(path.name) < 256 and path.is_file() else None), value
+    return _file_at(folder / value), value
+
+
+def _file_at(path):
+    """The path where a file is there, or None; None too for what no system could have as a path."""
+    try:
+        return path if path.is_file() else None
+    except (OSError, ValueError):
+        return None
 
 
 def _split(record, path, position):
-    split = str(record.get("split") or split_of_name(path) or "train")
-    if split not in SPLIT_NAMES:
-        raise ValueError(f"{path}: row {position} has split {split!r}; expected one of {', '.join(SPLIT_NAMES)}.")
+    split = record.get("split") or split_of_name(path) or "train"
+    if not isinstance(split, str) or split not in SPLIT_NAMES:
+        raise ValueError(f"{path}: row {position} has split {show(split)}; expected one of {', '.join(SPLIT_NAMES)}.")
     return SPLIT_NAMES[split]
 
 
@@ -309,22 +352,39 @@ def read_legacy_arrow(path):
     """Rows of the arrow files of ViLT and IEFT: columns `image` (bytes), `caption` (list), `image_id`, `split`."""
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (pa.ArrowException, OSError) as error:
+        _check_table_size(path, table.num_rows, table.nbytes)
+        table.validate(full=True)  # offsets in the file would be followed anywhere
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path} is not an arrow file of ViLT or IEFT: {error}.") from error
-    missing = {"image", "caption"} - set(table.column_names)
-    if missing:
+    names = table.column_names
+    columns = [name for name in ("image", "caption", "image_id", "split") if names.count(name) == 1]
+    if not {"image", "caption"} <= set(columns) or not _is_binary(table.schema.field("image").type):
         raise ValueError(
-            f"{path} must have columns image, caption, image_id and split; it has {', '.join(table.column_names)}."
+            f"{path} must have columns image (bytes), caption, image_id and split, each once; it has "
+            f"{', '.join(map(str, table.schema))[:1000]}."
         )
     rows = []
-    for position in range(table.num_rows):
-        record = {name: table[name][position].as_py() for name in table.column_names}
-        split = record.get("split") if record.get("split") in SPLIT_NAMES else None
-        split = SPLIT_NAMES[split] if split else split_of_name(path) or "train"
-        filename = str(record.get("image_id", f"row_{position}"))
+    for position, record in enumerate(_records(path, table.select(columns))):
+        split = record.get("split") if isinstance(record.get("split"), str) else None
+        split = SPLIT_NAMES.get(split) or split_of_name(path) or "train"
+        filename = record.get("image_id", f"row_{position}")
+        filename = filename if isinstance(filename, str) else show(filename)
         captions = _captions(record, ["caption"])
         rows.append({"filename": filename, "split": split, "captions": captions, "image": record["image"]})
     return Source(path, path, rows)
+
+
+def _is_binary(kind):
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)
+
+
+def _records(path, table):
+    """One record after another, so that images are not in memory twice."""
+    try:
+        for batch in table.to_batches(max_chunksize=64):
+            yield from batch.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        raise ValueError(f"{path} is not an arrow file of ViLT or IEFT: {error}.") from error
 
 
 def read_webdataset(path):
@@ -333,7 +393,10 @@ def read_webdataset(path):
     for name, offset, size in tar_members(path):
         stem, _, ending = name.rpartition("/")[2].partition(".")
         key = name.removesuffix(f".{ending}")
-        samples.setdefault(key, {})[f".{ending.lower()}"] = (offset, size)
+        parts = samples.setdefault(key, {})
+        if f".{ending.lower()}" in parts:
+            raise ValueError(f"{path} holds {show(name)} twice, and which of the two is meant is not known.")
+        parts[f".{ending.lower()}"] = (offset, size)
     rows = []
     with path.open("rb") as file:
         for key, parts in samples.items():
@@ -355,11 +418,11 @@ def _tar_captions(file, parts, path, key):
         return []
     try:
         record = json.loads(_read_at(file, *parts[".json"]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {key}.json is not JSON: {error}.") from error
     if not isinstance(record, dict) or not set(CAPTION_COLUMNS) & set(record):
         raise ValueError(
-            f"{path}: {key}.json must have one of {', '.join(CAPTION_COLUMNS)}; found {str(record)[:200]}."
+            f"{path}: {key}.json must have one of {', '.join(CAPTION_COLUMNS)}; found {show(record)}."
         )
     return _captions(record, [next(name for name in CAPTION_COLUMNS if name in record)])
 

@@ -84,7 +84,8 @@ def _checked_records(stream, origin, image_fault, on_bad_rows):
     name, split, columns = origin
     for number, record in enumerate(stream):
         row = table_source(Path(name), [record | {"split": split}], columns, start=number).rows[0]
-        reason = MISSING if row["image"] is None else image_fault(row["image"])
+        known = isinstance(row["image"], bytes)  # a path that a Hub dataset names would be one of this machine
+        reason = image_fault(row["image"]) if known else MISSING
         rows, bad = usable_rows([row], {0: reason} if reason else {})
         if bad:
             _leave_out([BadRow(**(vars(each) | {"row": number})) for each in bad], name, on_bad_rows)
