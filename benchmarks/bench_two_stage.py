@@ -35,8 +35,9 @@ from prepare_datasets import load_retrieval_dataset
 
 ROOT = Path(__file__).parent.parent
 RECIPE = (
-    "--dataset_name twins --batches neighbours --max_steps 2400 --num_negatives 7 --groups_per_step 4 "
-    "--mining_start 0.2 --contrastive_weight 0.5 --eval_steps 1200 --save_steps 1200 --max_eval_samples 40"
+    "--dataset_name twins --enhancement_layers 0 --batches neighbours --max_steps 1600 --num_negatives 7 "
+    "--groups_per_step 4 --mining_start 0.2 --contrastive_weight 0.2 --eval_steps 800 --save_steps 800 "
+    "--max_eval_samples 40"
 )
 WAYS = ("shortlist", "re_ranked", "fused", "exhaustive")
 
