@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
 
 from configuration_ieft import IeftConfig
@@ -70,9 +71,11 @@ def final_weights(folder):
 
 
 def assert_same_bits(one, other):
-    one, other = final_weights(one), final_weights(other)
-    differing = [name for name in one if not torch.equal(one[name], other[name])]
-    assert not differing, f"{len(differing)} of {len(one)} weights differ, first {differing[:3]}"
+    """The weights that were best, and those of the last step."""
+    last = [load_file(Path(find_last_checkpoint(folder)[0]) / "model.safetensors") for folder in (one, other)]
+    for first, second in ((final_weights(one), final_weights(other)), last):
+        differing = [name for name in first if not torch.equal(first[name], second[name])]
+        assert not differing, f"{len(differing)} of {len(first)} weights differ, first {differing[:3]}"
 
 
 def losses(folder):
@@ -192,7 +195,7 @@ def die_in_write(trainer, which):
 
 
 def die_in_publishing(trainer, which):
-    """Around a rename of a checkpoint: `which` 0 just before the first, 0.5 just after it, 1 just before the second."""
+    """Around a checkpoint's rename: `which` 0 just before the first, 0.5 just after it, 1 just before the second."""
     counted, replace = {"renames": 0}, checkpoints.os.replace
 
     def rename(source, target):
