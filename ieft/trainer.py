@@ -106,6 +106,16 @@ class IeftTrainer(Trainer):
             return NeighbourSampler(self.train_dataset)
         return super()._get_train_sampler(train_dataset)
 
+    def get_train_dataloader(self):
+        """As the Trainer's, with a generator of its own.
+
+        A loader seeds its workers when they start: with workers that outlive an epoch once, but again in a run that
+        was killed and goes on. Drawn from the global generator, that would shift all dropout after it.
+        """
+        loader = super().get_train_dataloader()
+        loader.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one batch from `TrainingItems.collate`, a scalar."""
         tensors = {name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask")}

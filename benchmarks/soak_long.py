@@ -1,0 +1,121 @@
+"""Ten thousand steps: do memory, open files, processes and the folder of the run stay what they were?
+
+    python benchmarks/soak_long.py --steps 10000
+
+In: how many steps. Out: a table, then one JSON line. A network of a few thousand parameters trains on 16 scenes with a
+worker that outlives its epoch, a ranking and a checkpoint every fortieth of the way; figures are taken at each of
+them, of the process and its workers together.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import transformers
+from transformers import TrainerCallback
+
+from configuration_ieft import IeftConfig
+from ieft.batches import EvaluationSet, TrainingItems, learn_tokenizer
+from ieft.trainer import IeftTrainer, IeftTrainingArguments
+from modeling_ieft import IeftForImageTextRetrieval
+from prepare_datasets import load_retrieval_dataset
+from processing_ieft import IeftImageProcessor, IeftProcessor
+
+SAMPLES = 40
+COLUMNS = ("step", "megabytes", "files", "processes", "checkpoints", "kilobytes on disk")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10000)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        samples = measure(folder, args.steps)
+    print("".join(f"{name:>20}" for name in COLUMNS))
+    for sample in samples:
+        print("".join(f"{sample[name]:>20,.1f}" for name in COLUMNS))
+    measured = {"benchmark": "soak_long", "steps": args.steps, "seconds": round(time.perf_counter() - start)}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    print("\n" + json.dumps(measured | summarise(samples) | versions))
+
+
+def measure(folder, steps):
+    """Train, and sample: a list of dicts with `COLUMNS`."""
+    trainer = make_trainer(folder, steps)
+    sampler = Sampler(Path(folder))
+    trainer.add_callback(sampler)
+    trainer.train()
+    return sampler.samples
+
+
+def summarise(samples):
+    """Growth from the first quarter of the way on, when everything that is kept has been loaded; and the most."""
+    later = [sample for sample in samples if sample["step"] > samples[-1]["step"] / 4]
+    steps, megabytes = ([sample[name] for sample in later] for name in ("step", "megabytes"))
+    per_thousand = float(np.polyfit(steps, megabytes, 1)[0]) * 1000
+    most = {f"most {name}": max(sample[name] for sample in later) for name in COLUMNS[1:]}
+    least = {f"least {name}": min(sample[name] for sample in later) for name in COLUMNS[1:4]}
+    return {"megabytes per 1000 steps": round(per_thousand, 3)} | most | least
+
+
+class Sampler(TrainerCallback):
+    """Takes figures whenever a checkpoint has been saved."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.samples = []
+
+    def on_save(self, args, state, control, **kwargs):
+        process = psutil.Process()
+        family = [process, *process.children(recursive=True)]
+        figures = (
+            state.global_step,
+            sum(each.memory_info().rss for each in family) / 1e6,
+            process.num_fds(),
+            len(family),
+            len(list(self.folder.glob("checkpoint-*"))),
+            sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()) / 1e3,
+        )
+        self.samples.append(dict(zip(COLUMNS, figures, strict=True)))
+
+
+def make_trainer(folder, steps):
+    splits = load_retrieval_dataset("scenes")
+    train, validation = splits["train"].select(range(16)), splits["validation"].select(range(2))
+    tokenizer = learn_tokenizer(caption for of_image in train["captions"] for caption in of_image)
+    processor = IeftProcessor(IeftImageProcessor(image_size=16), tokenizer)
+    config = IeftConfig(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, hidden_size=8, num_hidden_layers=1,
+        num_attention_heads=1, intermediate_size=8, image_size=16, patch_size=8, enhancement_layers=[0],
+        enhancement_mlp_ratio=1, contrastive_dim=4,
+    )  # fmt: skip
+    every = max(1, steps // SAMPLES)
+    args = IeftTrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-3,
+        contrastive_weight=1.0, num_negatives=1, augmentation="turns", use_cpu=True, disable_tqdm=True,
+        remove_unused_columns=False, logging_steps=every, eval_strategy="steps", eval_steps=every,
+        save_strategy="steps", save_steps=every, save_total_limit=2, load_best_model_at_end=True,
+        metric_for_best_model="mean_recall", dataloader_num_workers=1, dataloader_persistent_workers=True,
+    )  # fmt: skip
+    items = TrainingItems(train, processor, num_negatives=0, augmentation="turns")
+    validation = EvaluationSet.from_split(validation, processor)
+    model = IeftForImageTextRetrieval(config)
+    return IeftTrainer(model, args, train_dataset=items, eval_dataset=validation, processing_class=processor)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
