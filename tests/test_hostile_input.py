@@ -1,0 +1,720 @@
+"""Files and words made to harm: an error that is documented, nothing run, nothing outside, memory and time bounded."""
+
+import ast
+import http.server
+import io
+import json
+import os
+import pickle
+import resource
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from PIL import Image
+from test_archives import write_tar, write_zip
+from transformers import AutoConfig, AutoModel, AutoProcessor, BertTokenizer
+
+pytest.importorskip("lancedb", reason="the vector store, extra `search`, is not installed")
+
+import ieft  # noqa: E402, F401 (makes the auto classes know it)
+from configuration_ieft import IeftConfig  # noqa: E402
+from convert_checkpoint import load_any_checkpoint, main, read_tensors  # noqa: E402
+from fuzz.targets import TARGETS, TINY, call, is_documented, tiny_published  # noqa: E402
+from ieft.archives import UnsafeArchiveError, extract, tar_members  # noqa: E402
+from ieft.bad_rows import usable_rows  # noqa: E402
+from ieft.downloads import download  # noqa: E402
+from ieft.index import ImageIndex, check_where, find_images  # noqa: E402
+from ieft.sources import read_source  # noqa: E402
+from ieft.streams import stream_hub_dataset  # noqa: E402
+from modeling_ieft import IeftForImageTextRetrieval, IeftModel  # noqa: E402
+from pipeline_ieft import find_processor  # noqa: E402
+from prepare_datasets import find_source, image_fault, read_hub_dataset  # noqa: E402
+from processing_ieft import IeftImageProcessor, IeftProcessor, open_picture  # noqa: E402
+from run_retrieval import parse_arguments  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+BRIEF = settings(max_examples=40, deadline=None, derandomize=True, database=None,
+                 suppress_health_check=list(HealthCheck))  # fmt: skip
+PNG = io.BytesIO()
+Image.new("RGB", (9, 7)).save(PNG, "PNG")
+PNG = PNG.getvalue()
+
+
+# Properties --------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def damaged(draw, seeds):
+    """A whole input with some bytes changed, cut out, doubled or put in."""
+    data = bytearray(draw(st.sampled_from(seeds)))
+    for _ in range(draw(st.integers(0, 4))):
+        start = draw(st.integers(0, len(data)))
+        stop = min(len(data), start + draw(st.sampled_from([0, 1, 2, 4, 100, 10**6])))
+        new = draw(st.one_of(st.binary(max_size=9), st.just(bytes(data[start:stop]) * 2)))
+        data[start:stop] = new
+    return bytes(data)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_damaged_input_is_read_or_refused_with_a_documented_error(name):
+    target, seeds = TARGETS[name]
+
+    @BRIEF
+    @given(damaged(list(seeds())))
+    def check(data):
+        call(target, data)
+
+    check()
+
+
+KEYS = st.sampled_from(
+    "images annotations filename file_name id image_id split sentences raw raw_1 caption captions image bytes path train "
+    "val fit image_size patch_size hidden_size enhancement_layers num_labels dtype id2label".split()
+)
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=9), KEYS,
+    st.sampled_from(["\ud800", "a\0b", "../x.png", "/etc/passwd", "x" * 5000, "日" * 200, "http://[", "http://\ud800"]),
+)  # fmt: skip
+JSON = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS | st.text(max_size=5), inner, max_size=5)
+)
+ENTRY = st.dictionaries(KEYS, JSON, max_size=7)
+
+
+@pytest.mark.parametrize("kind", range(6))
+@pytest.mark.parametrize("shape", ["images", "coco", "any"])
+def test_annotations_of_any_content(kind, shape):
+    lists = st.lists(ENTRY | JSON, max_size=4)
+    content = {"images": st.fixed_dictionaries({"images": lists}), "any": JSON | lists,
+               "coco": st.fixed_dictionaries({"images": lists, "annotations": lists})}[shape]  # fmt: skip
+
+    @BRIEF
+    @given(content)
+    def check(value):
+        text = json.dumps(value, ensure_ascii=kind != 5)
+        call(TARGETS["annotations"][0], bytes([kind]) + text.encode("utf-8", "surrogatepass"))
+
+    check()
+
+
+@BRIEF
+@given(st.dictionaries(st.sampled_from([*IeftConfig().to_dict(), "num_labels", "attn_implementation", "to_dict",
+                                        "__class__", "attribute_map", "quantization_config"]), JSON, max_size=3))  # fmt: skip
+def test_configurations_of_any_content(fields):
+    call(TARGETS["configs"][0], json.dumps(TINY | fields).encode())
+
+
+@BRIEF
+@given(st.dictionaries(KEYS, JSON, max_size=4))
+def test_image_processors_of_any_content(fields):
+    call(TARGETS["processors"][0], json.dumps(fields).encode())
+
+
+@BRIEF
+@given(st.dictionaries(st.sampled_from(["dataset_name", "learning_rate", "seed", "eval_datasets", "network", "do_train",
+                                        "lr_scheduler_kwargs", "optim", "report_to", "fsdp", "warmup_steps", "nosuch",
+                                        "save_strategy", "eval_strategy", "label_names", "bf16"]), JSON, max_size=3))  # fmt: skip
+def test_settings_of_any_content(options):
+    call(TARGETS["settings"][0], json.dumps(options).encode())
+
+
+@settings(BRIEF, max_examples=100)
+@given(st.text(st.sampled_from("width file north '\"();%?$|<>=-/*\\,0123 \n\0\ud800") | st.characters(), max_size=60))
+def test_filters_of_any_characters(where):
+    call(TARGETS["filters"][0], where.encode("utf-8", "surrogatepass"))
+
+
+@BRIEF
+@given(st.text(st.characters() | st.sampled_from("\0\ud800\u202e\u200d"), max_size=200))
+def test_captions_of_any_characters(caption):
+    call(TARGETS["captions"][0], caption.encode("utf-8", "surrogatepass"))
+
+
+# Limits are tried in a process that would be ended -------------------------------------------------------------------
+
+
+def run_limited(code, *arguments, seconds=60, gigabytes=6):
+    """Python code in a process with so much address space and CPU time: what it printed."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds,) * 2)
+
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", f"import sys\ntry:\n    {code}\nexcept ValueError as error:\n    print(error)"]
+    ended = subprocess.run(
+        [*command, *map(str, arguments)], preexec_fn=limit, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, (ended.returncode, ended.stderr[-2000:])
+    return ended.stdout
+
+
+def raw_tar(*members):
+    """A tar of (name, size as stated, type, content, further fields)."""
+    blocks = b""
+    for name, size, kind, content in members:
+        header = tarfile.TarInfo(name)
+        header.type = kind
+        block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+        block[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+        block[148:156] = b"        "
+        block[148:156] = b"%06o\0 " % sum(block)
+        blocks += bytes(block) + content + bytes(-len(content) % 512)
+    return blocks + bytes(1024)
+
+
+@pytest.mark.parametrize("read", ["extract(sys.argv[1], sys.argv[2])", "tar_members(sys.argv[1])"])
+def test_a_tar_that_goes_back_over_itself_ends(tmp_path, read):
+    """A negative size takes Python's own reader back to the same header for ever (CVE-2025-8194)."""
+    (tmp_path / "a.tar").write_bytes(raw_tar(("a", 0, tarfile.REGTYPE, b""), ("b", -1024, tarfile.REGTYPE, b"")))
+    code = f"from ieft.archives import extract, tar_members; print({read})"
+    assert "a header of -1,024 bytes" in run_limited(code, tmp_path / "a.tar", tmp_path / "out", seconds=20)
+
+
+def test_a_name_without_end_in_a_tar_is_not_read_into_memory(tmp_path):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz", compresslevel=1) as archive:
+        member = tarfile.TarInfo("long")
+        member.type, member.size = tarfile.GNUTYPE_LONGNAME, 400 * 2**20
+        archive.addfile(member, open("/dev/zero", "rb"))
+    code = "from ieft.archives import extract; extract(sys.argv[1], sys.argv[2])"
+    assert "a header of 419,430,400 bytes" in run_limited(code, tmp_path / "a.tar.gz", tmp_path / "o", gigabytes=0.5)
+
+
+def test_a_tar_is_not_cut_short_by_a_damaged_header(tmp_path):
+    content = bytearray(write_tar(tmp_path / "a.tar", {"a": b"1", "b": b"2", "c": b"3"}).read_bytes())
+    content[1024 + 150] ^= 1  # the checksum of b
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged header"):
+        extract(tmp_path / "a.tar", tmp_path / "out")
+    with pytest.raises(ValueError, match="damaged header"):
+        tar_members(tmp_path / "a.tar")
+
+
+def test_a_sparse_member_of_a_webdataset_is_refused(tmp_path):
+    """Its stated size, here eight terabytes, would be reserved before it is read."""
+    block = bytearray(raw_tar(("a.png", 512, tarfile.GNUTYPE_SPARSE, b"x" * 512)))
+    block[483:495] = tarfile.itn(2**43, 12, tarfile.GNU_FORMAT)
+    block[148:156] = b"        "
+    block[148:156] = b"%06o\0 " % sum(block[:512])
+    (tmp_path / "a.tar").write_bytes(block)
+    with pytest.raises(ValueError, match="said to hold 8,796,093,022,208 bytes"):
+        read_source(tmp_path / "a.tar", "a")
+
+
+def test_two_samples_of_one_name_in_a_webdataset_are_an_error(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for content in (b"one", b"two"):
+            member = tarfile.TarInfo("a.txt")
+            member.size = 3
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(ValueError, match="'a.txt' twice"):
+        read_source(tmp_path / "a.tar", "a")
+
+
+@pytest.mark.parametrize("ending", ["zip", "tar.gz", "tar.xz", "tar.bz2"])
+def test_damage_anywhere_in_an_archive_is_an_error_of_ours(tmp_path, ending):
+    """zlib, lzma and bz2 have errors of their own."""
+    path = tmp_path / f"a.{ending}"
+    files = {"a": os.urandom(3000)}
+    write_zip(path, files) if ending == "zip" else write_tar(path, files, f"w:{ending[4:]}")
+    whole = path.read_bytes()
+    for place in range(20, len(whole), len(whole) // 25):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        try:
+            extract(path, tmp_path / f"out{place}")
+        except ValueError as error:
+            assert "cannot be unpacked" in str(error) or isinstance(error, UnsafeArchiveError)
+
+
+def test_an_archive_unpacks_to_so_many_times_its_size(tmp_path, monkeypatch):
+    """A zip of a few kilobytes may not fill the disk up to the limit that is there for large datasets."""
+    archive = write_zip(tmp_path / "a.zip", {str(number): bytes(3_000_000) for number in range(3)})
+    monkeypatch.setattr("ieft.archives.MAX_RATIO", 100)
+    monkeypatch.setattr("ieft.archives.FREE_BYTES", 4_000_000)
+    with pytest.raises(UnsafeArchiveError, match="more than is allowed"):
+        extract(archive, tmp_path / "out")
+
+
+def test_a_table_of_kilobytes_that_stands_for_gigabytes_is_refused(tmp_path):
+    one = pa.array(["x" * 50_000])
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 200_000, pa.int32()), one)
+    pq.write_table(pa.table({"image": column, "caption": column}), tmp_path / "rows.parquet", compression="zstd")
+    assert (tmp_path / "rows.parquet").stat().st_size < 200_000
+    code = "from ieft.sources import read_source; read_source(sys.argv[1], 'rows')"
+    assert "bytes once unpacked" in run_limited(code, tmp_path / "rows.parquet")
+
+
+def test_the_offsets_of_an_arrow_file_are_not_followed_outside_it(tmp_path):
+    offsets = pa.py_buffer(struct.pack("<3i", 0, 3, 2**30))
+    images = pa.Array.from_buffers(pa.binary(), 2, [None, offsets, pa.py_buffer(b"abcdef")])
+    table = pa.table({"image": images, "caption": [["a"], ["b"]]})
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    code = "from ieft.sources import read_source; read_source(sys.argv[1], 'a')"
+    assert "is not an arrow file" in run_limited(code, tmp_path / "a.arrow")
+
+
+# Annotations ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "rows.jsonl", "a.tar"])
+def test_json_that_nests_without_end(tmp_path, name):
+    text = b"[" * 100_000 + b"]" * 100_000
+    (tmp_path / name).write_bytes(text) if name != "a.tar" else write_tar(tmp_path / name, {"a.json": text})
+    with pytest.raises(ValueError, match="not JSON|read as a table"):
+        read_source(tmp_path / name, "a")
+
+
+def test_a_caption_nested_as_deep_as_json_allows_is_a_bad_row():
+    caption = []
+    for _ in range(900):
+        caption = [caption]
+    _, bad = usable_rows([{"filename": "a", "split": "train", "captions": [caption]}], {})
+    assert bad[0].reason.startswith("a caption that is not text")
+
+
+@pytest.mark.parametrize("filename", ["a\0b.png", "\udcff.png"])
+def test_a_file_name_that_no_table_can_hold_is_a_bad_row(filename):
+    usable, bad = usable_rows([{"filename": filename, "split": "train", "captions": ["a house ."]}], {})
+    assert not usable and bad[0].reason.startswith("a file name that is not text")
+
+
+def test_a_file_name_that_is_an_object_is_an_error_that_says_so(tmp_path):
+    content = {"images": [{"id": 1, "file_name": {"a": 1}}], "annotations": [{"image_id": 1, "caption": "a ."}]}
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="a file name that is {'a': 1}"):
+        read_source(tmp_path / "captions.json", "a")
+
+
+@pytest.mark.parametrize("image", ["日" * 200 + ".png", "a" * 300 + "/b.png", "x/" * 3000, "\ud800.png"])
+def test_a_path_that_no_system_has_is_a_missing_image(tmp_path, image):
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": image, "caption": "a house ."}]))
+    assert read_source(tmp_path / "rows.json", "rows").rows[0]["image"] is None
+
+
+def test_names_that_differ_by_case_alone_are_two_images(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("A.png", "a.png"):
+        (tmp_path / "images" / name).write_bytes(PNG)
+    entries = [{"filename": name, "split": "train", "sentences": [{"raw": "a ."}]} for name in ("A.png", "a.png", "a.PNG")]
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": entries}))
+    found = [row["image"] and row["image"].name for row in read_source(tmp_path, "x").rows]
+    assert found == ["A.png", "a.png", None]  # the third could be either
+
+
+def test_lines_of_json_are_parted_by_newlines_alone(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "caption": "a\u2028house\x85."}\n', encoding="utf-8")
+    assert read_source(tmp_path / "rows.jsonl", "rows").rows[0]["captions"] == ["a\u2028house\x85."]
+
+
+@pytest.mark.parametrize("columns", [{"image": ["file:///etc/passwd"], "caption": [["a"]]}, {"image": [3], "caption": ["a"]}])
+def test_an_arrow_file_holds_images_as_bytes(tmp_path, columns):
+    table = pa.table(columns)
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(ValueError, match=r"columns image \(bytes\)"):
+        read_source(tmp_path / "a.arrow", "a")
+
+
+def test_an_arrow_file_with_a_column_twice(tmp_path):
+    table = pa.table([pa.array([b"a"]), pa.array([b"b"]), pa.array([["c"]])], names=["image", "image", "caption"])
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(ValueError, match="each once"):
+        read_source(tmp_path / "a.arrow", "a")
+
+
+# Nothing from outside ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_an_archive_names_no_image_outside_itself(tmp_path, absolute):
+    (tmp_path / "private.png").write_bytes(PNG)
+    path = str(tmp_path / "private.png") if absolute else "../../../private.png"
+    archive = write_zip(tmp_path / "a.zip", {"metadata.csv": f"file_name,text\n{path},a house .\n"})
+    with pytest.raises(ValueError, match="outside itself"):
+        find_source(str(archive), None, {}, tmp_path / "kept")
+
+
+def test_a_dataset_of_the_hub_names_no_file_of_this_machine(tmp_path, monkeypatch):
+    for name in ("HF_CACHE_HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.setattr(f"datasets.config.{name}", tmp_path / "cache")
+    (tmp_path / "private.png").write_bytes(PNG)
+    (tmp_path / "hub").mkdir()
+    record = {"image": str(tmp_path / "private.png"), "caption": "a house ."}
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "hub" / "train.parquet")
+    with pytest.raises(ValueError, match="outside itself"):
+        read_hub_dataset(str(tmp_path / "hub"), {}, tmp_path / "kept")
+    streams = stream_hub_dataset(str(tmp_path / "hub"), {}, image_fault=image_fault, on_bad_rows="stop")
+    with pytest.raises(Exception, match="no such image file"):
+        next(iter(streams["train"]))
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1/a", "http://\ud800", "http://[", "data:,a", "http://"])
+def test_only_http_is_fetched(tmp_path, url):
+    path, reason = download(url, tmp_path, timeout=1)
+    assert path is None and reason.startswith("cannot be downloaded")
+
+
+@contextmanager
+def serving(handle):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        do_GET = handle
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/a"])
+def test_a_redirect_leads_to_http_alone(tmp_path, target):
+    def redirect(self):
+        self.send_response(302)
+        self.send_header("Location", target)
+        self.end_headers()
+
+    with serving(redirect) as url:
+        path, reason = download(url, tmp_path, timeout=2)
+    assert path is None and reason.startswith("cannot be downloaded") and not any(tmp_path.iterdir())
+
+
+def test_a_server_that_drips_is_given_up(tmp_path):
+    ended = threading.Event()
+
+    def drip(self):
+        self.send_response(200)
+        self.end_headers()
+        while not ended.wait(0.05):
+            try:
+                self.wfile.write(b"x")
+            except OSError:
+                return
+
+    with serving(drip) as url:
+        try:
+            assert download(url, tmp_path, timeout=5, total_timeout=0.5) == (None, "cannot be downloaded: too slow")
+        finally:
+            ended.set()
+
+
+# Images --------------------------------------------------------------------------------------------------------------
+
+
+def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
+    """PIL reads EPS by running Ghostscript, whatever the file is called."""
+    marker, script = tmp_path / "ran", tmp_path / "bin" / "gs"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\ntouch {marker}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    path = tmp_path / "photo.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    for read in (open_picture, image_fault, IeftImageProcessor(32)):
+        try:
+            assert "unreadable" in str(read(str(path)))
+        except ValueError as error:
+            assert "cannot identify" in str(error)
+    assert not marker.exists()
+
+
+def test_a_bomb_of_pixels_is_an_error_of_ours(tmp_path):
+    chunk = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    import zlib
+
+    header = struct.pack(">I", 13) + b"IHDR" + chunk + struct.pack(">I", zlib.crc32(b"IHDR" + chunk))
+    with pytest.raises(ValueError, match="exceeds limit"):
+        open_picture(PNG[:8] + header + PNG[33:])
+
+
+def test_a_damaged_exif_block_is_found_before_training(tmp_path):
+    """`datasets` turns images by it on access: a run would end in its middle."""
+    file = io.BytesIO()
+    Image.new("RGB", (9, 7)).save(file, "JPEG", exif=b"Exif\0\0garbage")
+    assert "unreadable image" in image_fault(file.getvalue())
+
+
+# Checkpoints and configurations --------------------------------------------------------------------------------------
+
+
+class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("way", ["zip", "legacy", "pickle", "inside a state_dict", "bin of a folder"])
+def test_no_pickle_is_executed(tmp_path, way, capsys):
+    marker, path = tmp_path / "ran", tmp_path / "a.ckpt"
+    content = Payload(marker)
+    if way == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    elif way == "bin of a folder":
+        torch.save({"a": content}, tmp_path / "pytorch_model.bin")
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "vilt"}))
+        path = tmp_path
+    else:
+        content = {"state_dict": tiny_published() | {"x": content}} if way.startswith("inside") else content
+        torch.save(content, path, _use_new_zipfile_serialization=way != "legacy")
+    with pytest.raises(SystemExit) as ended:
+        main([str(path), str(tmp_path / "out")])
+    assert ended.value.code == 1 and "convert_checkpoint: " in capsys.readouterr().err
+    assert not marker.exists() and not (tmp_path / "out").exists()
+
+
+def test_a_tensor_larger_than_its_numbers_is_refused(tmp_path):
+    """A few bytes with a stride of 0 pass for any shape, and are as large as that once copied."""
+    torch.save({"state_dict": {"a": torch.zeros(1).expand(10**12)}}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="holds fewer numbers"):
+        read_tensors(tmp_path / "a.ckpt")
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(1_000_000)}, tmp_path / "whole.ckpt")
+    with zipfile.ZipFile(tmp_path / "whole.ckpt") as whole:
+        with zipfile.ZipFile(tmp_path / "a.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
+            for member in whole.infolist():
+                archive.writestr(member.filename, whole.read(member))
+    with pytest.raises(ValueError, match="unpacks to"):
+        read_tensors(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"\xff" * 8, struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 99) + b"{}", struct.pack("<Q", 2) + b"[]",
+        *(struct.pack("<Q", len(header)) + header for header in (
+            b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}',
+            b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[16,0]}}', b'{"a":' * 5000, b"{" + b" " * 500,
+        )),
+    ],
+)  # fmt: skip
+def test_a_safetensors_header_that_lies(tmp_path, content):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="no safetensors file, or a damaged one"):
+        read_tensors(tmp_path / "a.safetensors")
+
+
+def test_a_small_checkpoint_builds_no_large_network(tmp_path):
+    """Sizes are read off the shapes: a position table of width 1 would ask for terabytes of channel attention."""
+    shapes = {"transformer.pos_embed": (1, 2**18 + 1, 1), "transformer.patch_embed.proj.weight": (1, 1, 1, 1)}
+    torch.save(tiny_published() | {name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="patches"):
+        load_any_checkpoint(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": -1}, {"hidden_size": 0}, {"hidden_size": True}, {"hidden_size": "768"}, {"hidden_size": 10**12},
+        {"image_size": True, "patch_size": True}, {"patch_size": 0}, {"image_size": None}, {"image_size": [32, "a"]},
+        {"image_size": 10**30, "patch_size": 10**30}, {"image_size": 2**14, "patch_size": 1}, {"num_attention_heads": 0},
+        {"enhancement_num_heads": 0}, {"enhancement_num_heads": -3}, {"enhancement_num_heads": "a"},
+        {"enhancement_layers": 5}, {"enhancement_layers": None}, {"enhancement_layers": [True]},
+        {"enhancement_layers": [1, "a"]}, {"enhancement_mlp_ratio": float("inf")}, {"enhancement_expansion": -3},
+        {"layer_norm_eps": float("nan")}, {"hidden_dropout_prob": 7}, {"contrastive_dim": -1}, {"vocab_size": 10**12},
+        {"num_hidden_layers": 10**9}, {"hidden_act": "evil"}, {"id2label": [1]}, {"num_labels": 10**12},
+        {"dtype": "evil"}, {"dtype": "load"}, {"to_dict": 3}, {"__class__": 3}, {"attribute_map": {"a": "b"}},
+        {"pad_token_id": 10**6}, {"attn_implementation": "evil/kernel"}, {"quantization_config": 5},
+        {"hidden_size": 2**16, "num_hidden_layers": 2**10},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_field_of_a_configuration_out_of_its_range(tmp_path, fields):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "ieft"} | fields))
+    with pytest.raises(ValueError) as error:
+        IeftConfig.from_pretrained(tmp_path)
+    assert is_documented(error.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "[" * 100_000, "{", "\0"])
+def test_a_configuration_that_is_no_object(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    for load in (IeftConfig.from_pretrained, load_any_checkpoint):
+        with pytest.raises(OSError):
+            load(tmp_path)
+
+
+def test_networks_that_people_use_are_in_range():
+    for sizes in ({}, {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+                  {"image_size": 1024}, {"image_size": 384, "patch_size": 16}, {"vocab_size": 250_002},
+                  {"hidden_size": 2048, "num_hidden_layers": 40, "intermediate_size": 8192}):  # fmt: skip
+        IeftConfig(**sizes)
+    config = IeftConfig(**TINY)
+    with torch.device("meta"):
+        built = IeftForImageTextRetrieval(config).num_parameters()
+    assert built / 2 < config.count_parameters() < built * 2
+
+
+# Queries -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    torch.manual_seed(0)
+    tokenizer = BertTokenizer().train_new_from_iterator(["two red houses .", "a green river ."], vocab_size=60)
+    model = IeftForImageTextRetrieval(IeftConfig(**TINY | {"vocab_size": len(tokenizer)})).eval()
+    return model, IeftProcessor(IeftImageProcessor(32), tokenizer)
+
+
+@pytest.fixture
+def index(tmp_path, loaded):
+    return ImageIndex(tmp_path / "index", loaded[0], processor=loaded[1], create=True)
+
+
+NAMES = ["it's.png", 'quo"te.png', "per%cent.png", "new\nline.png", "back\\slash.png", "\u202e.png", "; DROP TABLE.png", "'.png"]
+
+
+def test_files_of_any_name_are_indexed_found_and_deleted(tmp_path, index):
+    (tmp_path / "archive").mkdir()
+    for name in NAMES:
+        (tmp_path / "archive" / name).write_bytes(PNG)
+    broken = os.fsencode(tmp_path / "archive") + b"/\xff.png"
+    Path(os.fsdecode(broken)).write_bytes(PNG)
+    files = find_images(tmp_path / "archive")
+    report = index.add(files)
+    assert report["added"] == len(NAMES) and list(report["unreadable"].values()) == ["its name is not UTF-8: rename it"]
+    assert index.add(files)["unchanged"] == len(NAMES)
+    assert {Path(hit["file"]).name for hit in index.search("a house", top_k=20)} == set(NAMES)
+    assert [index.delete([file]) for file in files] == [0 if "\udcff" in str(file) else 1 for file in files]
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "width >", "nosuch = 1", "'", "width / 0 = 1", "cast(file as int) > 1", "sum(width) > 1", "$1 = 1", "? = 1",
+        "1=1; DROP TABLE images", "lpad(file, 2000000000) = 'a'", "lpad/**/(file, 9) = 'a'", '"lpad"(file, 9) = \'a\'',
+        "repeat(file, 9) = 'a'", "file || file = 'a'", "E'\\' ' = lpad(file, 9)", "(select 1)", "\ud800", "\0", 5, b"x",
+        "(" * 100_000 + ")" * 100_000, "NOT " * 2000 + "true", "(" * 4000 + "true" + ")" * 4000,
+        "row_number() over () = 1", " ",
+    ],
+    ids=lambda where: ascii(where)[:30],
+)  # fmt: skip
+def test_a_filter_that_is_none_is_an_error_that_shows_it(tmp_path, index, where):
+    (tmp_path / "a.png").write_bytes(PNG)
+    index.add([tmp_path / "a.png"])
+    for ask in (lambda: index.rows(where), lambda: index.search("a house", where=where)):
+        with pytest.raises(ValueError, match="^where"):
+            ask()
+
+
+@pytest.mark.parametrize("where", ["file LIKE '%port%' AND (width >= 1)", "NOT (width IN (1, 2))", "file = 'lpad(;'",
+                                   "lower(file) LIKE '%''s%'", "CAST(width AS DOUBLE) BETWEEN 0 AND 1", None, ""])  # fmt: skip
+def test_filters_that_people_write_pass(index, where):
+    assert check_where(where) == (where or None)
+    assert index.rows(where) == []
+
+
+def test_a_caption_of_a_million_characters_is_read_in_seconds(loaded):
+    for caption in ("a" * 1_000_000, "a house " * 125_000, "\U0001f3de" * 1_000_000, "\u0301" * 1_000_000):
+        assert loaded[1](text=[caption])["input_ids"].shape[1] <= 40
+
+
+@pytest.mark.parametrize("caption", ["\ud800", None, 5, b"a", ["a"]])
+def test_a_caption_that_is_no_text(index, caption):
+    with pytest.raises(ValueError, match="[Cc]aption"):
+        index.search(caption)
+    with pytest.raises(ValueError, match="[Cc]aption"):
+        index.processor(text=[caption])
+
+
+# Code of others ------------------------------------------------------------------------------------------------------
+
+
+def test_trust_remote_code_is_never_switched_on():
+    """But in a checkpoint's own code, whose user has agreed to run it: IS_HUB_CODE."""
+    found = []
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("ieft/*.py"), *ROOT.glob("metrics/**/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = getattr(node, "arg", None) == "trust_remote_code" or (
+                isinstance(node, ast.Constant) and node.value == "trust_remote_code"
+            )
+            if named:
+                found.append((path.name, ast.unparse(node.value) if isinstance(node, ast.keyword) else "as a word"))
+    assert found == [("pipeline_ieft.py", "IS_HUB_CODE")]
+    assert __import__("pipeline_ieft").IS_HUB_CODE is False
+
+
+def test_the_code_of_a_hostile_checkpoint_does_not_run(tmp_path, loaded, monkeypatch):
+    marker = tmp_path / "ran"
+    folder = tmp_path / "hostile"
+    loaded[0].save_pretrained(folder)
+    loaded[1].save_pretrained(folder)
+    for path in folder.glob("*.py"):
+        path.unlink()
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    evil = {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification", "AutoProcessor",
+                                           "AutoImageProcessor", "AutoVideoProcessor", "AutoFeatureExtractor")}  # fmt: skip
+    for path in folder.glob("*.json"):
+        if path.name not in ("tokenizer.json", "model.safetensors.index.json"):
+            content = json.loads(path.read_text())
+            more = {"auto_map": evil | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+            path.write_text(json.dumps(content | more | {"custom_pipelines": {"image-text-retrieval": {"impl": "evil.Evil"}}}))
+    monkeypatch.setattr("builtins.input", lambda *prompt: "n")
+    loads = (IeftConfig, IeftModel, IeftForImageTextRetrieval, IeftProcessor, IeftImageProcessor, AutoConfig, AutoModel, AutoProcessor)
+    for each in loads:
+        try:
+            each.from_pretrained(folder)
+        except (ValueError, OSError):
+            pass
+    model, _ = load_any_checkpoint(folder)
+    model.config._name_or_path = str(folder)
+    find_processor(model)
+    assert not marker.exists()
+    AutoConfig.from_pretrained  # noqa: B018
+    with pytest.raises(Exception):  # noqa: B017: it is real code, which runs for a user who says so
+        AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        AutoModel.from_pretrained(folder, trust_remote_code=True)
+        raise RuntimeError
+
+
+# Settings and the fuzzer ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "{", "[" * 100_000, '{"nosuch": 1}', '{"learning_rate": "high"}', '{"seed": [1, 2]}',
+                                  '{"eval_datasets": []}', '{"eval_datasets": ["--do_train"]}', '{"network": "huge"}',
+                                  '{"dataset_name": {"a": 1}, "max_steps": 1.5}'])  # fmt: skip
+def test_settings_that_are_wrong_are_named(tmp_path, text):
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match="settings.json"):
+        parse_arguments([str(tmp_path / "settings.json")])
+
+
+def test_settings_are_read_as_the_command_line_is(tmp_path):
+    options = {"dataset_name": "scenes", "learning_rate": 3e-5, "seed": 7, "do_train": True, "bf16": False, "fit": None,
+               "eval_datasets": ["a=B", "c"], "lr_scheduler_kwargs": {"a": 1}, "output_dir": str(tmp_path)}  # fmt: skip
+    (tmp_path / "settings.json").write_text(json.dumps(options))
+    model_args, data_args, args = parse_arguments([str(tmp_path / "settings.json")])
+    assert (args.learning_rate, args.seed, args.do_train, args.do_eval, args.bf16) == (3e-5, 7, True, False, False)
+    assert data_args.eval_datasets == ["a=B", "c"] and args.lr_scheduler_kwargs == {"a": 1} and model_args.fit is None
+
+
+def test_the_fuzzer_runs(tmp_path):
+    pytest.importorskip("atheris", reason="the fuzzer, extra `fuzz`, is not installed")
+    command = [sys.executable, ROOT / "fuzz/run.py", "--seconds", "2", "--targets", "annotations", "--findings", tmp_path]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    result = json.loads(ended.stdout.splitlines()[-1])["targets"]["annotations"]
+    assert result["executions"] > 50 and result["edges"] > 50 and result["findings"] == []
