@@ -203,7 +203,9 @@ def check_text(captions):
         if not isinstance(caption, str):
             raise ValueError(f"Captions must be strings; caption {number} is a {type(caption).__name__}.")
         if any("\ud800" <= letter <= "\udfff" for letter in caption):
-            raise ValueError(f"Captions must be text; caption {number} holds half a character: {ascii(caption)[:200]}.")
+            raise ValueError(
+                f"Captions must be text; caption {number} holds half a character: {ascii(caption)[:200]}."
+            )
 
 
 class IeftProcessor(ProcessorMixin):
@@ -216,7 +218,8 @@ class IeftProcessor(ProcessorMixin):
     def __init__(self, image_processor=None, tokenizer=None, max_caption_tokens=40, **kwargs):
         if type(max_caption_tokens) is not int or not 3 <= max_caption_tokens <= MAX_CAPTION_TOKENS:
             raise ValueError(
-                f"max_caption_tokens must be a whole number from 3 to {MAX_CAPTION_TOKENS:,}; got {max_caption_tokens!r}."
+                f"max_caption_tokens must be a whole number from 3 to {MAX_CAPTION_TOKENS:,}; got "
+                f"{max_caption_tokens!r}."
             )
         self.max_caption_tokens = max_caption_tokens
         super().__init__(image_processor, tokenizer, **kwargs)

@@ -3,8 +3,8 @@
     python fuzz/run.py --seconds 60
     python fuzz/run.py --seconds 300 --targets archives images --findings findings
 
-In: how long, which targets of `targets.py`. Out: a table, then one JSON line: executions, edges covered, findings; each
-finding as the file that brings it about. Every target runs in a process of its own with limits on memory and time. It
+In: how long, which targets of `targets.py`. Out: a table, then one JSON line: executions, edges covered, findings;
+each finding as the file that brings it about. Every target runs in a process of its own with limits on memory and time. It
 knows nothing of what is fuzzed. Needs the extra `fuzz` (atheris).
 """
 
@@ -30,7 +30,8 @@ SECONDS_EACH = 20  # for one input
 FILE_BYTES = 2**30
 MAX_LEN = 65536
 INSTRUMENTED = [
-    "ieft", "configuration_ieft", "processing_ieft", "convert_checkpoint", "run_retrieval", "PIL", "tarfile", "zipfile",
+    "ieft", "configuration_ieft", "processing_ieft", "convert_checkpoint", "run_retrieval", "PIL", "tarfile",
+    "zipfile",
 ]  # fmt: skip
 
 

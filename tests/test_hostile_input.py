@@ -45,8 +45,9 @@ from processing_ieft import IeftImageProcessor, IeftProcessor, open_picture  # n
 from run_retrieval import parse_arguments  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-BRIEF = settings(max_examples=40, deadline=None, derandomize=True, database=None,
-                 suppress_health_check=list(HealthCheck))  # fmt: skip
+BRIEF = settings(
+    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
 PNG = io.BytesIO()
 Image.new("RGB", (9, 7)).save(PNG, "PNG")
 PNG = PNG.getvalue()
@@ -80,13 +81,20 @@ def test_damaged_input_is_read_or_refused_with_a_documented_error(name):
 
 
 KEYS = st.sampled_from(
-    "images annotations filename file_name id image_id split sentences raw raw_1 caption captions image bytes path train "
-    "val fit image_size patch_size hidden_size enhancement_layers num_labels dtype id2label".split()
+    "images annotations filename file_name id image_id split sentences raw raw_1 caption captions image bytes path "
+    "train val fit image_size patch_size hidden_size enhancement_layers num_labels dtype id2label".split()
 )
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=9), KEYS,
-    st.sampled_from(["\ud800", "a\0b", "../x.png", "/etc/passwd", "x" * 5000, "日" * 200, "http://[", "http://\ud800"]),
-)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=9),
+    KEYS,
+    st.sampled_from(
+        ["\ud800", "a\0b", "../x.png", "/etc/passwd", "x" * 5000, "日" * 200, "http://[", "http://\ud800"]
+    ),
+)
 JSON = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS | st.text(max_size=5), inner, max_size=5)
 )
@@ -97,8 +105,11 @@ ENTRY = st.dictionaries(KEYS, JSON, max_size=7)
 @pytest.mark.parametrize("shape", ["images", "coco", "any"])
 def test_annotations_of_any_content(kind, shape):
     lists = st.lists(ENTRY | JSON, max_size=4)
-    content = {"images": st.fixed_dictionaries({"images": lists}), "any": JSON | lists,
-               "coco": st.fixed_dictionaries({"images": lists, "annotations": lists})}[shape]  # fmt: skip
+    content = {
+        "images": st.fixed_dictionaries({"images": lists}),
+        "any": JSON | lists,
+        "coco": st.fixed_dictionaries({"images": lists, "annotations": lists}),
+    }[shape]
 
     @BRIEF
     @given(content)
@@ -110,8 +121,23 @@ def test_annotations_of_any_content(kind, shape):
 
 
 @BRIEF
-@given(st.dictionaries(st.sampled_from([*IeftConfig().to_dict(), "num_labels", "attn_implementation", "to_dict",
-                                        "__class__", "attribute_map", "quantization_config"]), JSON, max_size=3))  # fmt: skip
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [
+                *IeftConfig().to_dict(),
+                "num_labels",
+                "attn_implementation",
+                "to_dict",
+                "__class__",
+                "attribute_map",
+                "quantization_config",
+            ]
+        ),
+        JSON,
+        max_size=3,
+    )
+)
 def test_configurations_of_any_content(fields):
     call(TARGETS["configs"][0], json.dumps(TINY | fields).encode())
 
@@ -123,9 +149,32 @@ def test_image_processors_of_any_content(fields):
 
 
 @BRIEF
-@given(st.dictionaries(st.sampled_from(["dataset_name", "learning_rate", "seed", "eval_datasets", "network", "do_train",
-                                        "lr_scheduler_kwargs", "optim", "report_to", "fsdp", "warmup_steps", "nosuch",
-                                        "save_strategy", "eval_strategy", "label_names", "bf16"]), JSON, max_size=3))  # fmt: skip
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [
+                "dataset_name",
+                "learning_rate",
+                "seed",
+                "eval_datasets",
+                "network",
+                "do_train",
+                "lr_scheduler_kwargs",
+                "optim",
+                "report_to",
+                "fsdp",
+                "warmup_steps",
+                "nosuch",
+                "save_strategy",
+                "eval_strategy",
+                "label_names",
+                "bf16",
+            ]
+        ),
+        JSON,
+        max_size=3,
+    )
+)
 def test_settings_of_any_content(options):
     call(TARGETS["settings"][0], json.dumps(options).encode())
 
@@ -308,7 +357,9 @@ def test_names_that_differ_by_case_alone_are_two_images(tmp_path):
     (tmp_path / "images").mkdir()
     for name in ("A.png", "a.png"):
         (tmp_path / "images" / name).write_bytes(PNG)
-    entries = [{"filename": name, "split": "train", "sentences": [{"raw": "a ."}]} for name in ("A.png", "a.png", "a.PNG")]
+    entries = [
+        {"filename": name, "split": "train", "sentences": [{"raw": "a ."}]} for name in ("A.png", "a.png", "a.PNG")
+    ]
     (tmp_path / "dataset.json").write_text(json.dumps({"images": entries}))
     found = [row["image"] and row["image"].name for row in read_source(tmp_path, "x").rows]
     assert found == ["A.png", "a.png", None]  # the third could be either
@@ -319,7 +370,9 @@ def test_lines_of_json_are_parted_by_newlines_alone(tmp_path):
     assert read_source(tmp_path / "rows.jsonl", "rows").rows[0]["captions"] == ["a\u2028house\x85."]
 
 
-@pytest.mark.parametrize("columns", [{"image": ["file:///etc/passwd"], "caption": [["a"]]}, {"image": [3], "caption": ["a"]}])
+@pytest.mark.parametrize(
+    "columns", [{"image": ["file:///etc/passwd"], "caption": [["a"]]}, {"image": [3], "caption": ["a"]}]
+)
 def test_an_arrow_file_holds_images_as_bytes(tmp_path, columns):
     table = pa.table(columns)
     with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
@@ -362,7 +415,9 @@ def test_a_dataset_of_the_hub_names_no_file_of_this_machine(tmp_path, monkeypatc
         next(iter(streams["train"]))
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1/a", "http://\ud800", "http://[", "data:,a", "http://"])
+@pytest.mark.parametrize(
+    "url", ["file:///etc/passwd", "ftp://127.0.0.1/a", "http://\ud800", "http://[", "data:,a", "http://"]
+)
 def test_only_http_is_fetched(tmp_path, url):
     path, reason = download(url, tmp_path, timeout=1)
     assert path is None and reason.startswith("cannot be downloaded")
@@ -503,13 +558,22 @@ def test_a_compressed_checkpoint_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"\xff" * 8, struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 99) + b"{}", struct.pack("<Q", 2) + b"[]",
-        *(struct.pack("<Q", len(header)) + header for header in (
-            b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}',
-            b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[16,0]}}', b'{"a":' * 5000, b"{" + b" " * 500,
-        )),
+        b"",
+        b"\xff" * 8,
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 99) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        *(
+            struct.pack("<Q", len(header)) + header
+            for header in (
+                b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}',
+                b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[16,0]}}',
+                b'{"a":' * 5000,
+                b"{" + b" " * 500,
+            )
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_safetensors_header_that_lies(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="no safetensors file, or a damaged one"):
@@ -527,20 +591,47 @@ def test_a_small_checkpoint_builds_no_large_network(tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"hidden_size": -1}, {"hidden_size": 0}, {"hidden_size": True}, {"hidden_size": "768"}, {"hidden_size": 10**12},
-        {"image_size": True, "patch_size": True}, {"patch_size": 0}, {"image_size": None}, {"image_size": [32, "a"]},
-        {"image_size": 10**30, "patch_size": 10**30}, {"image_size": 2**14, "patch_size": 1}, {"num_attention_heads": 0},
-        {"enhancement_num_heads": 0}, {"enhancement_num_heads": -3}, {"enhancement_num_heads": "a"},
-        {"enhancement_layers": 5}, {"enhancement_layers": None}, {"enhancement_layers": [True]},
-        {"enhancement_layers": [1, "a"]}, {"enhancement_mlp_ratio": float("inf")}, {"enhancement_expansion": -3},
-        {"layer_norm_eps": float("nan")}, {"hidden_dropout_prob": 7}, {"contrastive_dim": -1}, {"vocab_size": 10**12},
-        {"num_hidden_layers": 10**9}, {"hidden_act": "evil"}, {"id2label": [1]}, {"num_labels": 10**12},
-        {"dtype": "evil"}, {"dtype": "load"}, {"to_dict": 3}, {"__class__": 3}, {"attribute_map": {"a": "b"}},
-        {"pad_token_id": 10**6}, {"attn_implementation": "evil/kernel"}, {"quantization_config": 5},
+        {"hidden_size": -1},
+        {"hidden_size": 0},
+        {"hidden_size": True},
+        {"hidden_size": "768"},
+        {"hidden_size": 10**12},
+        {"image_size": True, "patch_size": True},
+        {"patch_size": 0},
+        {"image_size": None},
+        {"image_size": [32, "a"]},
+        {"image_size": 10**30, "patch_size": 10**30},
+        {"image_size": 2**14, "patch_size": 1},
+        {"num_attention_heads": 0},
+        {"enhancement_num_heads": 0},
+        {"enhancement_num_heads": -3},
+        {"enhancement_num_heads": "a"},
+        {"enhancement_layers": 5},
+        {"enhancement_layers": None},
+        {"enhancement_layers": [True]},
+        {"enhancement_layers": [1, "a"]},
+        {"enhancement_mlp_ratio": float("inf")},
+        {"enhancement_expansion": -3},
+        {"layer_norm_eps": float("nan")},
+        {"hidden_dropout_prob": 7},
+        {"contrastive_dim": -1},
+        {"vocab_size": 10**12},
+        {"num_hidden_layers": 10**9},
+        {"hidden_act": "evil"},
+        {"id2label": [1]},
+        {"num_labels": 10**12},
+        {"dtype": "evil"},
+        {"dtype": "load"},
+        {"to_dict": 3},
+        {"__class__": 3},
+        {"attribute_map": {"a": "b"}},
+        {"pad_token_id": 10**6},
+        {"attn_implementation": "evil/kernel"},
+        {"quantization_config": 5},
         {"hidden_size": 2**16, "num_hidden_layers": 2**10},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_field_of_a_configuration_out_of_its_range(tmp_path, fields):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "ieft"} | fields))
     with pytest.raises(ValueError) as error:
@@ -557,9 +648,14 @@ def test_a_configuration_that_is_no_object(tmp_path, text):
 
 
 def test_networks_that_people_use_are_in_range():
-    for sizes in ({}, {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-                  {"image_size": 1024}, {"image_size": 384, "patch_size": 16}, {"vocab_size": 250_002},
-                  {"hidden_size": 2048, "num_hidden_layers": 40, "intermediate_size": 8192}):  # fmt: skip
+    for sizes in (
+        {},
+        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+        {"image_size": 1024},
+        {"image_size": 384, "patch_size": 16},
+        {"vocab_size": 250_002},
+        {"hidden_size": 2048, "num_hidden_layers": 40, "intermediate_size": 8192},
+    ):
         IeftConfig(**sizes)
     config = IeftConfig(**TINY)
     with torch.device("meta"):
@@ -583,7 +679,16 @@ def index(tmp_path, loaded):
     return ImageIndex(tmp_path / "index", loaded[0], processor=loaded[1], create=True)
 
 
-NAMES = ["it's.png", 'quo"te.png', "per%cent.png", "new\nline.png", "back\\slash.png", "\u202e.png", "; DROP TABLE.png", "'.png"]
+NAMES = [
+    "it's.png",
+    'quo"te.png',
+    "per%cent.png",
+    "new\nline.png",
+    "back\\slash.png",
+    "\u202e.png",
+    "; DROP TABLE.png",
+    "'.png",
+]
 
 
 def test_files_of_any_name_are_indexed_found_and_deleted(tmp_path, index):
@@ -594,7 +699,9 @@ def test_files_of_any_name_are_indexed_found_and_deleted(tmp_path, index):
     Path(os.fsdecode(broken)).write_bytes(PNG)
     files = find_images(tmp_path / "archive")
     report = index.add(files)
-    assert report["added"] == len(NAMES) and list(report["unreadable"].values()) == ["its name is not UTF-8: rename it"]
+    assert report["added"] == len(NAMES) and list(report["unreadable"].values()) == [
+        "its name is not UTF-8: rename it"
+    ]
     assert index.add(files)["unchanged"] == len(NAMES)
     assert {Path(hit["file"]).name for hit in index.search("a house", top_k=20)} == set(NAMES)
     assert [index.delete([file]) for file in files] == [0 if "\udcff" in str(file) else 1 for file in files]
@@ -603,14 +710,34 @@ def test_files_of_any_name_are_indexed_found_and_deleted(tmp_path, index):
 @pytest.mark.parametrize(
     "where",
     [
-        "width >", "nosuch = 1", "'", "width / 0 = 1", "cast(file as int) > 1", "sum(width) > 1", "$1 = 1", "? = 1",
-        "1=1; DROP TABLE images", "lpad(file, 2000000000) = 'a'", "lpad/**/(file, 9) = 'a'", '"lpad"(file, 9) = \'a\'',
-        "repeat(file, 9) = 'a'", "file || file = 'a'", "E'\\' ' = lpad(file, 9)", "(select 1)", "\ud800", "\0", 5, b"x",
-        "(" * 100_000 + ")" * 100_000, "NOT " * 2000 + "true", "(" * 4000 + "true" + ")" * 4000,
-        "row_number() over () = 1", " ",
+        "width >",
+        "nosuch = 1",
+        "'",
+        "width / 0 = 1",
+        "cast(file as int) > 1",
+        "sum(width) > 1",
+        "$1 = 1",
+        "? = 1",
+        "1=1; DROP TABLE images",
+        "lpad(file, 2000000000) = 'a'",
+        "lpad/**/(file, 9) = 'a'",
+        "\"lpad\"(file, 9) = 'a'",
+        "repeat(file, 9) = 'a'",
+        "file || file = 'a'",
+        "E'\\' ' = lpad(file, 9)",
+        "(select 1)",
+        "\ud800",
+        "\0",
+        5,
+        b"x",
+        "(" * 100_000 + ")" * 100_000,
+        "NOT " * 2000 + "true",
+        "(" * 4000 + "true" + ")" * 4000,
+        "row_number() over () = 1",
+        " ",
     ],
     ids=lambda where: ascii(where)[:30],
-)  # fmt: skip
+)
 def test_a_filter_that_is_none_is_an_error_that_shows_it(tmp_path, index, where):
     (tmp_path / "a.png").write_bytes(PNG)
     index.add([tmp_path / "a.png"])
@@ -619,8 +746,18 @@ def test_a_filter_that_is_none_is_an_error_that_shows_it(tmp_path, index, where)
             ask()
 
 
-@pytest.mark.parametrize("where", ["file LIKE '%port%' AND (width >= 1)", "NOT (width IN (1, 2))", "file = 'lpad(;'",
-                                   "lower(file) LIKE '%''s%'", "CAST(width AS DOUBLE) BETWEEN 0 AND 1", None, ""])  # fmt: skip
+@pytest.mark.parametrize(
+    "where",
+    [
+        "file LIKE '%port%' AND (width >= 1)",
+        "NOT (width IN (1, 2))",
+        "file = 'lpad(;'",
+        "lower(file) LIKE '%''s%'",
+        "CAST(width AS DOUBLE) BETWEEN 0 AND 1",
+        None,
+        "",
+    ],
+)
 def test_filters_that_people_write_pass(index, where):
     assert check_where(where) == (where or None)
     assert index.rows(where) == []
@@ -645,7 +782,12 @@ def test_a_caption_that_is_no_text(index, caption):
 def test_trust_remote_code_is_never_switched_on():
     """But in a checkpoint's own code, whose user has agreed to run it: IS_HUB_CODE."""
     found = []
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("ieft/*.py"), *ROOT.glob("metrics/**/*.py"), *ROOT.glob("benchmarks/*.py")]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("ieft/*.py"),
+        *ROOT.glob("metrics/**/*.py"),
+        *ROOT.glob("benchmarks/*.py"),
+    ]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             named = getattr(node, "arg", None) == "trust_remote_code" or (
                 isinstance(node, ast.Constant) and node.value == "trust_remote_code"
@@ -664,15 +806,36 @@ def test_the_code_of_a_hostile_checkpoint_does_not_run(tmp_path, loaded, monkeyp
     for path in folder.glob("*.py"):
         path.unlink()
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
-    evil = {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification", "AutoProcessor",
-                                           "AutoImageProcessor", "AutoVideoProcessor", "AutoFeatureExtractor")}  # fmt: skip
+    evil = {
+        name: "evil.Evil"
+        for name in (
+            "AutoConfig",
+            "AutoModel",
+            "AutoModelForSequenceClassification",
+            "AutoProcessor",
+            "AutoImageProcessor",
+            "AutoVideoProcessor",
+            "AutoFeatureExtractor",
+        )
+    }
     for path in folder.glob("*.json"):
         if path.name not in ("tokenizer.json", "model.safetensors.index.json"):
             content = json.loads(path.read_text())
             more = {"auto_map": evil | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
-            path.write_text(json.dumps(content | more | {"custom_pipelines": {"image-text-retrieval": {"impl": "evil.Evil"}}}))
+            path.write_text(
+                json.dumps(content | more | {"custom_pipelines": {"image-text-retrieval": {"impl": "evil.Evil"}}})
+            )
     monkeypatch.setattr("builtins.input", lambda *prompt: "n")
-    loads = (IeftConfig, IeftModel, IeftForImageTextRetrieval, IeftProcessor, IeftImageProcessor, AutoConfig, AutoModel, AutoProcessor)
+    loads = (
+        IeftConfig,
+        IeftModel,
+        IeftForImageTextRetrieval,
+        IeftProcessor,
+        IeftImageProcessor,
+        AutoConfig,
+        AutoModel,
+        AutoProcessor,
+    )
     for each in loads:
         try:
             each.from_pretrained(folder)
@@ -682,19 +845,30 @@ def test_the_code_of_a_hostile_checkpoint_does_not_run(tmp_path, loaded, monkeyp
     model.config._name_or_path = str(folder)
     find_processor(model)
     assert not marker.exists()
-    AutoConfig.from_pretrained  # noqa: B018
-    with pytest.raises(Exception):  # noqa: B017: it is real code, which runs for a user who says so
-        AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises(AttributeError):  # it is real code, which runs for a user who says so, and is no model then
         AutoModel.from_pretrained(folder, trust_remote_code=True)
-        raise RuntimeError
+    assert marker.exists()
 
 
 # Settings and the fuzzer ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["[]", "5", "{", "[" * 100_000, '{"nosuch": 1}', '{"learning_rate": "high"}', '{"seed": [1, 2]}',
-                                  '{"eval_datasets": []}', '{"eval_datasets": ["--do_train"]}', '{"network": "huge"}',
-                                  '{"dataset_name": {"a": 1}, "max_steps": 1.5}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "5",
+        "{",
+        "[" * 100_000,
+        '{"nosuch": 1}',
+        '{"learning_rate": "high"}',
+        '{"seed": [1, 2]}',
+        '{"eval_datasets": []}',
+        '{"eval_datasets": ["--do_train"]}',
+        '{"network": "huge"}',
+        '{"dataset_name": {"a": 1}, "max_steps": 1.5}',
+    ],
+)
 def test_settings_that_are_wrong_are_named(tmp_path, text):
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(ValueError, match="settings.json"):
@@ -702,8 +876,17 @@ def test_settings_that_are_wrong_are_named(tmp_path, text):
 
 
 def test_settings_are_read_as_the_command_line_is(tmp_path):
-    options = {"dataset_name": "scenes", "learning_rate": 3e-5, "seed": 7, "do_train": True, "bf16": False, "fit": None,
-               "eval_datasets": ["a=B", "c"], "lr_scheduler_kwargs": {"a": 1}, "output_dir": str(tmp_path)}  # fmt: skip
+    options = {
+        "dataset_name": "scenes",
+        "learning_rate": 3e-5,
+        "seed": 7,
+        "do_train": True,
+        "bf16": False,
+        "fit": None,
+        "eval_datasets": ["a=B", "c"],
+        "lr_scheduler_kwargs": {"a": 1},
+        "output_dir": str(tmp_path),
+    }
     (tmp_path / "settings.json").write_text(json.dumps(options))
     model_args, data_args, args = parse_arguments([str(tmp_path / "settings.json")])
     assert (args.learning_rate, args.seed, args.do_train, args.do_eval, args.bf16) == (3e-5, 7, True, False, False)
@@ -712,7 +895,16 @@ def test_settings_are_read_as_the_command_line_is(tmp_path):
 
 def test_the_fuzzer_runs(tmp_path):
     pytest.importorskip("atheris", reason="the fuzzer, extra `fuzz`, is not installed")
-    command = [sys.executable, ROOT / "fuzz/run.py", "--seconds", "2", "--targets", "annotations", "--findings", tmp_path]
+    command = [
+        sys.executable,
+        ROOT / "fuzz/run.py",
+        "--seconds",
+        "2",
+        "--targets",
+        "annotations",
+        "--findings",
+        tmp_path,
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
