@@ -143,6 +143,9 @@ class IeftImageProcessor(BaseImageProcessor):
     model_input_names = ["pixel_values"]
 
     def __init__(self, image_size=384, fit="crop", **kwargs):
+        shadowed = [name for name in kwargs if name.startswith("__") or callable(getattr(type(self), name, None))]
+        if shadowed:
+            raise ValueError(f"{shadowed[0]!r} cannot be set: it is a part of IeftImageProcessor.")
         super().__init__(**kwargs)
         if fit not in FITS:
             raise ValueError(f"fit must be one of {', '.join(FITS)}; got {fit!r}.")
@@ -150,6 +153,16 @@ class IeftImageProcessor(BaseImageProcessor):
             raise ValueError(f"image_size must be a whole number from 1 to {MAX_SIDE:,}; got {image_size!r}.")
         self.image_size = image_size
         self.fit = fit
+
+    @classmethod
+    def from_pretrained(cls, source, *args, **kwargs):
+        """As transformers'; a file that holds no processor is a ValueError."""
+        try:
+            return super().from_pretrained(source, *args, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:  # for content of a wrong shape, transformers raises anything
+            raise ValueError(f"{source} holds no image processor that can be read: {error}") from error
 
     def __call__(self, images, **kwargs):
         return self.preprocess(images, **kwargs)

@@ -4,8 +4,8 @@
     python fuzz/run.py --seconds 300 --targets archives images --findings findings
 
 In: how long, which targets of `targets.py`. Out: a table, then one JSON line: executions, edges covered, findings;
-each finding as the file that brings it about. Every target runs in a process of its own with limits on memory and time.
-It knows nothing of what is fuzzed. Needs the extra `fuzz` (atheris).
+each finding as the file that brings it about. Every target runs in a process of its own with limits on memory and
+time. It knows nothing of what is fuzzed. Needs the extra `fuzz` (atheris).
 """
 
 import argparse

@@ -135,11 +135,11 @@ def checkpoints(folder, data):
 
 
 def filters(folder, data):
-    _fetch(_table().search().select(["file"]), check_where(data.decode("utf-8", "surrogatepass")))
+    _fetch(_table().search().select(["file"]), check_where(data.decode("utf-8", "surrogateescape")))
 
 
 def captions(folder, data):
-    text = data.decode("utf-8", "surrogatepass")
+    text = data.decode("utf-8", "surrogateescape")
     ids = _processor()(text=[text])["input_ids"]
     assert 2 <= ids.shape[1] <= 40
 

@@ -373,7 +373,7 @@ def read_legacy_arrow(path):
 
 
 def _read_arrow(path):
-    """The table of an arrow file, each batch checked before anything follows its offsets, which could lead anywhere."""
+    """The table of an arrow file, each batch checked before anything follows its offsets, which lead anywhere."""
     file = pa.ipc.open_file(pa.memory_map(str(path)))
     batches, rows, size = [], 0, 0
     for number in range(file.num_record_batches):
