@@ -3,8 +3,6 @@
 In: sizes. Out: an `IeftConfig`, saved as `config.json`. It knows nothing of weights, images or captions.
 """
 
-import math
-
 from huggingface_hub.errors import StrictDataclassError
 from transformers import ViltConfig
 from transformers.activations import ACT2FN
@@ -219,7 +217,9 @@ def _check_further_fields(config_class, fields):
         if name.startswith("__") or callable(own) or name in ("attribute_map", "sub_configs", "sub_configs_defaults"):
             raise ValueError(f"{name!r} cannot be a field of config.json: it would replace a part of IeftConfig.")
     labels = fields.get("num_labels")
-    if labels is not None and (isinstance(labels, bool) or not isinstance(labels, int) or not 0 <= labels <= MAX_LABELS):
+    if labels is not None and (
+        isinstance(labels, bool) or not isinstance(labels, int) or not 0 <= labels <= MAX_LABELS
+    ):
         raise ValueError(f"num_labels must be a whole number from 0 to {MAX_LABELS:,}; got {labels!r}.")
     if not isinstance(fields.get("quantization_config", {}), dict | type(None)) and not hasattr(
         fields["quantization_config"], "to_dict"

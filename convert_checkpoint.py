@@ -121,7 +121,9 @@ def read_tensors(path):
         try:
             return load_file(path)
         except (SafetensorError, ValueError, KeyError, MemoryError) as error:
-            raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}. Download it again.") from error
+            raise ValueError(
+                f"{path} is no safetensors file, or a damaged one: {error}. Download it again."
+            ) from error
     _check_unpacked_size(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -153,7 +155,9 @@ def _check_unpacked_size(path):
     except (zipfile.BadZipFile, NotImplementedError, ValueError):
         return  # the older format, or what torch.load will refuse
     if unpacked > os.path.getsize(path):
-        raise ValueError(f"{path} unpacks to {unpacked:,} bytes, more than it has: no checkpoint that torch saves does.")
+        raise ValueError(
+            f"{path} unpacks to {unpacked:,} bytes, more than it has: no checkpoint that torch saves does."
+        )
 
 
 def find_folder(source):
@@ -275,7 +279,9 @@ def rename_published(state_dict):
             left_over.append(name)
         elif ".qkv." in ours:
             if tensor.dim() == 0 or tensor.shape[0] % 3:
-                raise ValueError(f"{name} must hold a query, a key and a value in its rows; it is {list(tensor.shape)}.")
+                raise ValueError(
+                    f"{name} must hold a query, a key and a value in its rows; it is {list(tensor.shape)}."
+                )
             for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 renamed[ours.replace("qkv", part)] = rows
         else:

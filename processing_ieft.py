@@ -143,6 +143,9 @@ class IeftImageProcessor(BaseImageProcessor):
     model_input_names = ["pixel_values"]
 
     def __init__(self, image_size=384, fit="crop", **kwargs):
+        shadowed = [name for name in kwargs if name.startswith("__") or callable(getattr(type(self), name, None))]
+        if shadowed:
+            raise ValueError(f"{shadowed[0]!r} cannot be set: it is a part of IeftImageProcessor.")
         super().__init__(**kwargs)
         if fit not in FITS:
             raise ValueError(f"fit must be one of {', '.join(FITS)}; got {fit!r}.")
@@ -150,6 +153,16 @@ class IeftImageProcessor(BaseImageProcessor):
             raise ValueError(f"image_size must be a whole number from 1 to {MAX_SIDE:,}; got {image_size!r}.")
         self.image_size = image_size
         self.fit = fit
+
+    @classmethod
+    def from_pretrained(cls, source, *args, **kwargs):
+        """As transformers'; a file that holds no processor is a ValueError."""
+        try:
+            return super().from_pretrained(source, *args, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:  # for content of a wrong shape, transformers raises anything
+            raise ValueError(f"{source} holds no image processor that can be read: {error}") from error
 
     def __call__(self, images, **kwargs):
         return self.preprocess(images, **kwargs)
@@ -203,7 +216,9 @@ def check_text(captions):
         if not isinstance(caption, str):
             raise ValueError(f"Captions must be strings; caption {number} is a {type(caption).__name__}.")
         if any("\ud800" <= letter <= "\udfff" for letter in caption):
-            raise ValueError(f"Captions must be text; caption {number} holds half a character: {ascii(caption)[:200]}.")
+            raise ValueError(
+                f"Captions must be text; caption {number} holds half a character: {ascii(caption)[:200]}."
+            )
 
 
 class IeftProcessor(ProcessorMixin):
@@ -216,7 +231,8 @@ class IeftProcessor(ProcessorMixin):
     def __init__(self, image_processor=None, tokenizer=None, max_caption_tokens=40, **kwargs):
         if type(max_caption_tokens) is not int or not 3 <= max_caption_tokens <= MAX_CAPTION_TOKENS:
             raise ValueError(
-                f"max_caption_tokens must be a whole number from 3 to {MAX_CAPTION_TOKENS:,}; got {max_caption_tokens!r}."
+                f"max_caption_tokens must be a whole number from 3 to {MAX_CAPTION_TOKENS:,}; got "
+                f"{max_caption_tokens!r}."
             )
         self.max_caption_tokens = max_caption_tokens
         super().__init__(image_processor, tokenizer, **kwargs)

@@ -229,7 +229,9 @@ def parse_arguments(arguments):
     parser = HfArgumentParser((ModelArguments, DataArguments, IeftTrainingArguments))
     if len(arguments) == 1 and arguments[0].endswith(".json"):
         parser.error = partial(_refuse_settings, arguments[0])
-        arguments = read_settings(arguments[0], {each.name for group in parser.dataclass_types for each in fields(group)})
+        arguments = read_settings(
+            arguments[0], {each.name for group in parser.dataclass_types for each in fields(group)}
+        )
     unset = argparse.Namespace(**{each.name: None for group in parser.dataclass_types for each in fields(group)})
     parsed = vars(parser.parse_args(arguments, unset))  # argparse's own defaults stay out
     given = {name: value for name, value in parsed.items() if value is not None}

@@ -1,7 +1,7 @@
 """What reads files and words of others, as functions of bytes.
 
-In: bytes. Out: nothing, where they are read, or refused with an error that is documented; anything else is raised. Each
-target has a few whole inputs to begin with, made by code. It knows nothing of the fuzzer that calls it.
+In: bytes. Out: nothing, where they are read, or refused with an error that is documented; anything else is raised.
+Each target has a few whole inputs to begin with, made by code. It knows nothing of the fuzzer that calls it.
 """
 
 import io
@@ -135,11 +135,11 @@ def checkpoints(folder, data):
 
 
 def filters(folder, data):
-    _fetch(_table().search().select(["file"]), check_where(data.decode("utf-8", "surrogatepass")))
+    _fetch(_table().search().select(["file"]), check_where(data.decode("utf-8", "surrogateescape")))
 
 
 def captions(folder, data):
-    text = data.decode("utf-8", "surrogatepass")
+    text = data.decode("utf-8", "surrogateescape")
     ids = _processor()(text=[text])["input_ids"]
     assert 2 <= ids.shape[1] <= 40
 
@@ -278,7 +278,8 @@ def tiny_published():
         "transformer.patch_embed.proj.weight": [24, 3, 8, 8], "transformer.patch_embed.proj.bias": [24],
         "transformer.norm.weight": [24], "transformer.norm.bias": [24], "pooler.dense.weight": [24, 24],
         "pooler.dense.bias": [24], "text_embeddings.word_embeddings.weight": [60, 24],
-        "text_embeddings.position_embeddings.weight": [40, 24], "text_embeddings.token_type_embeddings.weight": [2, 24],
+        "text_embeddings.position_embeddings.weight": [40, 24],
+        "text_embeddings.token_type_embeddings.weight": [2, 24],
         "text_embeddings.LayerNorm.weight": [24], "text_embeddings.LayerNorm.bias": [24],
         "token_type_embeddings.weight": [2, 24], "rank_output.weight": [1, 24], "rank_output.bias": [1],
     }  # fmt: skip

@@ -13,9 +13,16 @@ from pathlib import Path, PurePosixPath
 
 ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 CHUNK = 2**20
-EXTENDED_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+EXTENDED_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 MAX_HEADER_BYTES = 2**20  # of a long name; tarfile reads it into memory
-MAX_RATIO = 200  # bytes unpacked for each of the archive, beyond the first GiB: images and their captions need about 20
+FREE_BYTES = 2**30  # may be unpacked from an archive however small
+MAX_RATIO = 200  # bytes for each of a larger one; images and their captions need about 20
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def extract(archive, target, *, limits=None):
 
 
 def _extract_members(archive, folder, limits):
-    left = min(limits.total_bytes, max(2**30, MAX_RATIO * archive.stat().st_size))
+    left = min(limits.total_bytes, max(FREE_BYTES, MAX_RATIO * archive.stat().st_size))
     count = 0
     for name, opened in _members(archive, limits):
         path = _inside(folder, name, archive)
@@ -159,7 +166,9 @@ def tar_members(archive):
         with tarfile.open(archive, "r:", tarinfo=StrictTarInfo) as opened:
             for member in opened:
                 if member.issparse() or not 0 <= member.size <= end - member.offset_data:
-                    raise tarfile.ReadError(f"{member.name!r} is said to hold {member.size:,} bytes, which it does not")
+                    raise tarfile.ReadError(
+                        f"{member.name!r} is said to hold {member.size:,} bytes, which it does not"
+                    )
                 if member.isfile():
                     members.append((member.name, member.offset_data, member.size))
         return members

@@ -99,7 +99,11 @@ class ImageIndex:
         files = list(dict.fromkeys(str(Path(file).resolve()) for file in files))
         not_text = [file for file in files if _is_not_text(file)]
         files = [file for file in files if file not in not_text]
-        report = {"added": 0, "unchanged": 0, "unreadable": dict.fromkeys(not_text, "its name is not UTF-8: rename it")}
+        report = {
+            "added": 0,
+            "unchanged": 0,
+            "unreadable": dict.fromkeys(not_text, "its name is not UTF-8: rename it"),
+        }
         for first in range(0, len(files), batch_size):
             self._add_batch(files[first : first + batch_size], report)
         return report
@@ -223,14 +227,17 @@ def check_where(where):
     if where is None or where == "":
         return None
     if not isinstance(where, str) or len(where) > MAX_WHERE or _is_not_text(where):
-        raise ValueError(f"where must be an SQL expression of up to {MAX_WHERE:,} characters; got {ascii(where)[:200]}.")
+        raise ValueError(
+            f"where must be an SQL expression of up to {MAX_WHERE:,} characters; got {ascii(where)[:200]}."
+        )
     outside = re.sub(r"'(?:[^']|'')*'", "''", where)
     found = re.search(r"\\'|[;?$]|--|/\*|\|\||[\"`\]]\s*\(", outside if "\\'" not in where else "\\'")
     words = [word for word in re.findall(r"(\w+)\s*\(", outside) if word.lower() not in WHERE_WORDS]
     if found or words:
+        wrong = words[0] if words else found.group()
         raise ValueError(
-            f"where must be a comparison such as \"width >= 256 AND north > 48\"; {(words or [found.group()])[0]!r} cannot "
-            f"stand in one. Functions: {', '.join(sorted(WHERE_WORDS))}."
+            f'where must be a comparison such as "width >= 256 AND north > 48", and {wrong!r} cannot stand in one. '
+            f"Functions: {', '.join(sorted(WHERE_WORDS))}."
         )
     return where
 

@@ -351,9 +351,7 @@ def _split(record, path, position):
 def read_legacy_arrow(path):
     """Rows of the arrow files of ViLT and IEFT: columns `image` (bytes), `caption` (list), `image_id`, `split`."""
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        _check_table_size(path, table.num_rows, table.nbytes)
-        table.validate(full=True)  # offsets in the file would be followed anywhere
+        table = _read_arrow(path)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path} is not an arrow file of ViLT or IEFT: {error}.") from error
     names = table.column_names
@@ -372,6 +370,19 @@ def read_legacy_arrow(path):
         captions = _captions(record, ["caption"])
         rows.append({"filename": filename, "split": split, "captions": captions, "image": record["image"]})
     return Source(path, path, rows)
+
+
+def _read_arrow(path):
+    """The table of an arrow file, each batch checked before anything follows its offsets, which lead anywhere."""
+    file = pa.ipc.open_file(pa.memory_map(str(path)))
+    batches, rows, size = [], 0, 0
+    for number in range(file.num_record_batches):
+        batch = file.get_batch(number)
+        batch.validate(full=True)
+        rows, size = rows + batch.num_rows, size + batch.nbytes
+        _check_table_size(path, rows, size)
+        batches.append(batch)
+    return pa.Table.from_batches(batches, file.schema)
 
 
 def _is_binary(kind):
@@ -421,9 +432,7 @@ def _tar_captions(file, parts, path, key):
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {key}.json is not JSON: {error}.") from error
     if not isinstance(record, dict) or not set(CAPTION_COLUMNS) & set(record):
-        raise ValueError(
-            f"{path}: {key}.json must have one of {', '.join(CAPTION_COLUMNS)}; found {show(record)}."
-        )
+        raise ValueError(f"{path}: {key}.json must have one of {', '.join(CAPTION_COLUMNS)}; found {show(record)}.")
     return _captions(record, [next(name for name in CAPTION_COLUMNS if name in record)])
 
 
