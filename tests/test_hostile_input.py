@@ -191,7 +191,11 @@ def run_limited(code, *arguments, seconds=60, gigabytes=16):
         resource.setrlimit(resource.RLIMIT_CPU, (seconds,) * 2)
 
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", f"import sys\ntry:\n    {code}\nexcept ValueError as error:\n    print(error)"]
+    package = (
+        "import sys, types\nsys.modules['ieft'] = types.ModuleType('ieft')\n"  # without its front, which needs torch
+    )
+    package += f"sys.modules['ieft'].__path__ = [{str(ROOT / 'ieft')!r}]\n"
+    command = [sys.executable, "-c", f"{package}try:\n    {code}\nexcept ValueError as error:\n    print(error)"]
     ended = subprocess.run(
         [*command, *map(str, arguments)], preexec_fn=limit, env=environment, capture_output=True, text=True
     )
