@@ -247,12 +247,22 @@ def _read_parquet(path):
     records, size = [], 0
     with pa.parquet.ParquetFile(path) as file:
         _check_table_size(path, file.metadata.num_rows, 0)
-        for batch in file.iter_batches(batch_size=1024, use_threads=False):
+        for batch in file.iter_batches(batch_size=64, use_threads=False):
             batch.validate(full=True)
+            batch = _plain(batch)
             size += batch.nbytes
             _check_table_size(path, len(records) + batch.num_rows, size)
             records += batch.to_pylist()
     return records
+
+
+def _plain(batch):
+    """A batch whose size in bytes is that of its records: one text may stand for many rows otherwise."""
+    columns = [each.dictionary_decode() if pa.types.is_dictionary(each.type) else each for each in batch.columns]
+    shared = [str(each.type) for each in columns if re.search("dictionary|view|run_end", str(each.type))]
+    if shared:
+        raise ValueError(f"plain columns expected; one is of type {shared[0][:100]}")
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _check_table_size(path, rows, size):
@@ -375,14 +385,17 @@ def read_legacy_arrow(path):
 def _read_arrow(path):
     """The table of an arrow file, each batch checked before anything follows its offsets, which lead anywhere."""
     file = pa.ipc.open_file(pa.memory_map(str(path)))
+    if any(pa.types.is_dictionary(kind) for kind in file.schema.types):
+        raise ValueError("plain columns expected; one is of a dictionary")
     batches, rows, size = [], 0, 0
     for number in range(file.num_record_batches):
         batch = file.get_batch(number)
         batch.validate(full=True)
+        batch = _plain(batch)
         rows, size = rows + batch.num_rows, size + batch.nbytes
         _check_table_size(path, rows, size)
         batches.append(batch)
-    return pa.Table.from_batches(batches, file.schema)
+    return pa.Table.from_batches(batches, pa.schema([*zip(file.schema.names, file.schema.types, strict=True)]))
 
 
 def _is_binary(kind):
