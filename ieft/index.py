@@ -256,9 +256,11 @@ class ImageIndex:
             vector = self.embed_caption(caption)
         with _clock(seconds, "shortlist"):
             nearest = self.shortlist(vector, max(top_k, rerank_top_k), where=where)
-        with _clock(seconds, "re-rank"):
-            best = self._rerank(self._score_images(caption, nearest[:rerank_top_k]), nearest, similarity_weight)
-        return self._merged(best, vector, top_k, where, seconds)
+        if rerank_top_k:
+            with _clock(seconds, "re-rank"):
+                scores = self._score_images(caption, nearest[:rerank_top_k])
+                nearest = _rerank(scores, nearest, similarity_weight)
+        return self._merged(nearest, vector, top_k, where, seconds)
 
     def search_image(self, image, *, top_k=10, where=None):
         """Images like a PIL image, by embedding alone: as `search`."""
@@ -280,33 +282,26 @@ class ImageIndex:
             vector = self.embed_images([image])[0]
         with _clock(seconds, "shortlist"):
             nearest = _nearest(self.captions, vector, max(top_k, rerank_top_k), ["caption"])
-        with _clock(seconds, "re-rank"):
-            first = [hit["caption"] for hit in nearest[:rerank_top_k]]
-            tokens = self.processor.tokenizer(first, truncation=True, max_length=self.processor.max_caption_tokens)
-            scores = []
-            if first:
-                pixels = [self.processor(images=[image])["pixel_values"][0]]
-                pairs = [(0, column) for column in range(len(first))]
-                scores = score_pairs(self.model, pixels, tokens["input_ids"], pairs, progress=False)
-            best = self._rerank(scores, nearest, similarity_weight)
-        return Hits(_ranked(best)[:top_k], seconds)
+        if rerank_top_k and nearest:
+            with _clock(seconds, "re-rank"):
+                scores = self._score_captions(image, [hit["caption"] for hit in nearest[:rerank_top_k]])
+                nearest = _rerank(scores, nearest, similarity_weight)
+        return Hits(_ranked(nearest)[:top_k], seconds)
 
     def _score_images(self, caption, hits):
         tokens = self.processor(text=[caption])["input_ids"].tolist()
         pairs = [(row, 0) for row in range(len(hits))]
         return score_pairs(self.model, HitImages(hits, self.processor), tokens, pairs, progress=False)
 
-    @staticmethod
-    def _rerank(scores, nearest, similarity_weight):
-        """The hits that have scores, best first, then the others as they stood."""
-        first, rest = nearest[: len(scores)], nearest[len(scores) :]
-        for hit, score in zip(first, scores, strict=True):
-            hit.update(score=float(score) + similarity_weight * hit["similarity"], stage="re-ranked")
-        return [*sorted(first, key=lambda hit: -hit["score"]), *rest]
+    def _score_captions(self, image, captions):
+        tokens = self.processor.tokenizer(captions, truncation=True, max_length=self.processor.max_caption_tokens)
+        pixels = self.processor(images=[image])["pixel_values"]
+        pairs = [(0, column) for column in range(len(captions))]
+        return score_pairs(self.model, list(pixels), tokens["input_ids"], pairs, progress=False)
 
-    def _merged(self, best, vector, top_k, where, seconds):
+    def _merged(self, nearest, vector, top_k, where, seconds):
         """`top_k` hits of different places; where merging leaves fewer, the shortlist is asked for more."""
-        found, asked = merge_overlaps(best), len(best)
+        best, found, asked = nearest, merge_overlaps(nearest), len(nearest)
         while len(found) < top_k <= asked:
             with _clock(seconds, "shortlist"):
                 more = self.shortlist(vector, 2 * asked, where=where)
@@ -459,6 +454,14 @@ def _nearest(table, vector, top_k, columns, where=None):
     query = query.select([*columns, "_distance"]).limit(top_k)
     hits = (query.where(where, prefilter=True) if where else query).to_list()
     return [hit | {"similarity": 1 - hit.pop("_distance")} for hit in hits]
+
+
+def _rerank(scores, nearest, similarity_weight):
+    """The hits that have scores, best first, then the others as they stood."""
+    first, rest = nearest[: len(scores)], nearest[len(scores) :]
+    for hit, score in zip(first, scores, strict=True):
+        hit.update(score=float(score) + similarity_weight * hit["similarity"], stage="re-ranked")
+    return [*sorted(first, key=lambda hit: -hit["score"]), *rest]
 
 
 def _place(hit):
