@@ -21,12 +21,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 from lancedb.index import IvfPq
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from ieft.pictures import describe_picture, read_picture
 from ieft.ranking import fingerprint, score_pairs
 from ieft.tiles import Scene, Window, cut_windows
-from processing_ieft import to_rgb
 
 IMAGES, CAPTIONS = "images", "captions"  # the tables
 CHECKPOINT = b"ieft_checkpoint"  # in the tables' schema: the fingerprint of the checkpoint that made them
@@ -146,7 +145,7 @@ class ImageIndex:
                     yield row | {"content": content, "tiling": tiling}, square
                 if len(known[file]) > len(there):
                     stale.append(f"({_any_of([file])} AND (content != '{content}' OR tiling != '{tiling}'))")
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
+            except (OSError, ValueError) as error:
                 report["unreadable"][file] = str(error)
 
     def _write(self, batch):
@@ -351,7 +350,7 @@ def read_hit(hit):
     """What a hit shows, PIL RGB: the whole image, or its tile, read by its window.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_picture`.
+        FileNotFoundError, ValueError: for a file that is gone, or cannot be decoded.
     """
     if not hit["tiling"] or not Path(hit["file"]).exists():
         return read_picture(hit["file"])
@@ -380,22 +379,6 @@ def find_images(archive):
     return found
 
 
-def read_picture(file):
-    """An image file as PIL RGB.
-
-    Raises:
-        FileNotFoundError, ValueError: for a file that is gone, or cannot be decoded.
-    """
-    try:
-        with Image.open(file) as image:
-            return to_rgb(image)
-    except FileNotFoundError as error:
-        message = f"{file} is in the index, or was asked for, but is not there: put it back, or delete it by name."
-        raise FileNotFoundError(message) from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from error
-
-
 def plan_tiles(file, tile, overlap):
     """The windows of an image that is to be cut; none where it stays whole."""
     if tile is None:
@@ -408,7 +391,8 @@ def plan_tiles(file, tile, overlap):
 def read_whole(file):
     """A row of the index for an image, and the image."""
     picture = read_picture(file)
-    row = _describe_file(file, picture.width, picture.height, Window(0, 0, *picture.size))
+    width, height, _ = describe_picture(file)  # as stored; the picture may be smaller
+    row = _describe_file(file, width, height, Window(0, 0, width, height))
     if file.lower().endswith(GEOTIFF_SUFFIXES):
         with Scene(file) as scene:
             row |= scene.bounds(Window(0, 0, scene.width, scene.height))

@@ -175,7 +175,7 @@ def test_errors_say_what_to_do(index, tmp_path, loaded, archive):
         find_images(tmp_path / "index" / "nothing")
     for file in find_images(archive):
         file.unlink()
-    with pytest.raises(FileNotFoundError, match="put it back"):
+    with pytest.raises(FileNotFoundError, match="moved or deleted"):
         index.search(CAPTIONS[0])
 
 
@@ -341,10 +341,11 @@ def test_killed_while_adding_nothing_is_lost_or_doubled(tmp_path, checkpoint, lo
 
 def test_killed_while_adding_the_tiles_of_a_scene(tmp_path, checkpoint, loaded, scene):
     index = ImageIndex(tmp_path / "index", loaded[0], processor=loaded[1], create=True)
-    assert index.add([scene])["added"] == 1  # whole before, which stays until all tiles are there
-    kill_and_go_on(tmp_path, checkpoint, loaded, scene, 32, 12)
+    assert index.add([scene])["added"] == 1  # whole before
+    kill_and_go_on(tmp_path, checkpoint, loaded, scene, 16, 63)
     index.table.checkout_latest()
-    assert windows_of(index.rows()) == [(col, row, 32, 32) for col in (0, 24, 48, 72) for row in (0, 24, 48)]
+    cols, rows = [*range(0, 88, 12), 88], [*range(0, 64, 12), 64]
+    assert windows_of(index.rows()) == [(col, row, 16, 16) for col in cols for row in rows]
 
 
 def kill_and_go_on(tmp_path, checkpoint, loaded, archive, tile, expected):
