@@ -50,6 +50,13 @@ def stretch_to_bytes(band):
     return (scaled.clip(0, 1) * 255).round().astype(np.uint8)
 
 
+def open_lazily(file):
+    """An image file, a path or its bytes, as PIL opens it, if it is of `FORMATS`; its pixels are not read yet."""
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
+
+
 def open_picture(file):
     """An image file, a path or its bytes, as `to_rgb` gives it.
 
@@ -57,10 +64,8 @@ def open_picture(file):
         FileNotFoundError: where there is no such file.
         ValueError: for a file in none of `FORMATS`, damaged, or of more pixels than PIL's `MAX_IMAGE_PIXELS` allows.
     """
-    Image.init()
-    formats = [name for name in FORMATS if name in Image.OPEN]
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats) as image:
+        with open_lazily(file) as image:
             return to_rgb(image)
     except FileNotFoundError:
         raise
@@ -272,4 +277,4 @@ AutoImageProcessor.register(IeftConfig, image_processor_classes=BACKENDS, exist_
 IeftImageProcessor.register_for_auto_class()
 IeftProcessor.register_for_auto_class()
 
-__all__ = ["IeftImageProcessor", "IeftProcessor", "array_to_rgb", "open_picture", "stretch_to_bytes", "to_rgb"]
+__all__ = ["IeftImageProcessor", "IeftProcessor", "array_to_rgb", "open_lazily", "open_picture", "stretch_to_bytes", "to_rgb"]
