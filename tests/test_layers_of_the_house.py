@@ -25,6 +25,7 @@ LAYERS = {
     "ieft.bad_rows": 0,
     "ieft.builders": 1,
     "ieft.downloads": 0,
+    "ieft.pictures": 1,
     "ieft.sources": 1,
     "ieft.streams": 2,
     "ieft.search": 3,
