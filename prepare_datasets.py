@@ -11,26 +11,27 @@ the user has.
 
 import argparse
 import hashlib
-import io
 import json
 import logging
 import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
 import numpy as np
 from datasets.table import embed_table_storage
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
-from PIL import Image
 from tqdm import tqdm
 
 from ieft.archives import extract, is_archive, tar_members
 from ieft.bad_rows import MISSING, UNREADABLE, BadRowsError, describe, save_bad_rows, usable_rows
 from ieft.builders import SCENES_SEED, CaptionRowsBuilder, ScenesBuilder
 from ieft.downloads import download
+from ieft.pictures import parse_bands, read_picture
 from ieft.sources import IMAGE_ENDINGS, Source, read_source, read_webdataset, table_source
 from ieft.streams import load_from_hub, stream_hub_dataset, stream_rows
 
@@ -68,7 +69,7 @@ def load_retrieval_dataset(name_or_path, data_dir=None, **options):
 
 
 def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_column=None, seed=0, on_bad_rows="stop",
-                   num_proc=None, scenes_seed=SCENES_SEED, cache_dir=None, streaming=False):  # fmt: skip
+                   bands=None, num_proc=None, scenes_seed=SCENES_SEED, cache_dir=None, streaming=False):  # fmt: skip
     """The splits as `load_retrieval_dataset`, and what was left out.
 
     Args:
@@ -76,6 +77,8 @@ def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_co
         caption_column: the same for captions: one string, a list, or the columns caption_1, caption_2...
         seed: draws the validation and test splits where none is distributed.
         on_bad_rows: "stop" raises before anything is prepared; "skip" leaves such rows out and says so.
+        bands: for images of several bands, the numbers from 1 of those that become red, green and blue, such as
+            "3,2,1" or (3, 2, 1), or of one that becomes grey.
         num_proc: images read at once; None is one for each CPU core.
         scenes_seed: which synthetic scenes are drawn.
         cache_dir: where prepared splits are kept; None is the `datasets` library's own place.
@@ -87,21 +90,23 @@ def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_co
     """
     if on_bad_rows not in ON_BAD_ROWS:
         raise ValueError(f"on_bad_rows must be one of {', '.join(ON_BAD_ROWS)}; got {on_bad_rows!r}.")
+    bands = parse_bands(bands) if isinstance(bands, str) else bands
     if name_or_path == "scenes":
         builder, bad = ScenesBuilder(config_name="scenes", scenes_seed=scenes_seed, cache_dir=cache_dir), []
     else:
         kept = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ieft"
         columns = {"image_column": image_column, "caption_column": caption_column}
+        checks = {"image_fault": image_fault, "on_bad_rows": on_bad_rows, "bands": bands}
         if streaming and data_dir is None and is_hub_id(name_or_path):
-            return stream_hub_dataset(name_or_path, columns, image_fault=image_fault, on_bad_rows=on_bad_rows), []
+            return stream_hub_dataset(name_or_path, columns, **checks), []
         name, source = find_source(str(name_or_path), data_dir, columns, kept)
-        rows, bad = check_rows(source, on_bad_rows, kept, num_proc, decode=not streaming)
+        rows, bad = check_rows(source, on_bad_rows, kept, num_proc, bands=bands, decode=not streaming)
         carve_missing_splits(rows, {row["split"] for row in source.rows}, seed)
         if streaming:
-            return stream_rows(rows, source.annotations, image_fault=image_fault, on_bad_rows=on_bad_rows), bad
+            return stream_rows(rows, source.annotations, **checks), bad
         name = re.sub(r"[^\w.-]", "-", name)
-        builder = CaptionRowsBuilder(config_name=name, sources=fingerprint(rows), cache_dir=cache_dir)
-        builder.rows = rows
+        builder = CaptionRowsBuilder(config_name=name, sources=fingerprint(rows, bands), cache_dir=cache_dir)
+        builder.rows, builder.bands = rows, bands
     builder.download_and_prepare()
     splits = builder.as_dataset()
     if streaming:  # scenes: small, and drawn in seconds
@@ -180,16 +185,15 @@ def read_hub_dataset(name, columns, kept):
 # Checking ------------------------------------------------------------------------------------------------------------
 
 
-def check_rows(source, on_bad_rows, kept, num_proc, *, decode=True):
+def check_rows(source, on_bad_rows, kept, num_proc, *, bands=None, decode=True):
     """The usable rows of a source, and all faults; without `decode`, images are looked for but not read.
 
     Raises:
         BadRowsError: with `on_bad_rows` "stop", where there are faults; or where no row is left.
     """
-    not_fetched = fetch_urls(source.rows, kept, num_proc)
-    reasons = {number: MISSING for number, row in enumerate(source.rows) if row["image"] is None} | not_fetched
+    reasons = missing_images(source.rows, kept, num_proc)
     if decode:
-        reasons = image_faults(source.rows, kept, num_proc) | reasons
+        reasons = image_faults(source.rows, kept, num_proc, bands=bands) | reasons
     rows, bad = usable_rows(source.rows, reasons)
     if bad and (on_bad_rows == "stop" or not rows):
         raise BadRowsError(bad, source.annotations)
@@ -198,6 +202,12 @@ def check_rows(source, on_bad_rows, kept, num_proc, *, decode=True):
     if not rows:
         raise ValueError(f"{source.annotations} holds no rows.")
     return rows, bad
+
+
+def missing_images(rows, kept, num_proc):
+    """Row number -> why there is no image file; the files of URLs are fetched."""
+    not_fetched = fetch_urls(rows, kept, num_proc)
+    return {number: MISSING for number, row in enumerate(rows) if row["image"] is None} | not_fetched
 
 
 def fetch_urls(rows, kept, num_proc):
@@ -212,30 +222,30 @@ def fetch_urls(rows, kept, num_proc):
     return reasons
 
 
-def image_faults(rows, kept, num_proc):
+def image_faults(rows, kept, num_proc, *, bands=None):
     """Row number -> why its image cannot be used. Every image is decoded once; later calls read what was found."""
     present = [number for number, row in enumerate(rows) if row["image"] is not None]
     states = [_state(rows[number]["image"]) for number in present]
-    path = kept / "checked" / f"{hashlib.sha256(json.dumps(states).encode()).hexdigest()}.json"
+    how = [bands, find_spec("rasterio") is not None, states]
+    path = kept / "checked" / f"{hashlib.sha256(json.dumps(how).encode()).hexdigest()}.json"
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
     else:
         images = [rows[number]["image"] for number in present]
-        found = list(_parallel(image_fault, images, num_proc, "checking images"))
+        found = list(_parallel(partial(image_fault, bands=bands), images, num_proc, "checking images"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(found), encoding="utf-8")
-        partial.replace(path)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(found), encoding="utf-8")
+        unfinished.replace(path)
     return {number: fault for number, fault in zip(present, found, strict=True) if fault}
 
 
-def image_fault(image):
-    """PIL's `verify` misses truncated files; reading the pixels finds them."""
+def image_fault(image, *, bands=None):
+    """Why an image cannot be used, or None. PIL's `verify` misses truncated files; reading the pixels finds them."""
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            opened.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return f"{UNREADABLE}: {error}"
+        read_picture(image, bands=bands)
+    except (OSError, ValueError) as error:
+        return f"{UNREADABLE}: {error.__cause__}"
     return None
 
 
@@ -255,9 +265,9 @@ def _state(image):
     return f"{image} {state.st_size} {state.st_mtime_ns}"
 
 
-def fingerprint(rows):
+def fingerprint(rows, bands=None):
     """A hash of the annotations, the splits and the images, files by size and time: an edit is a new dataset."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(bands).encode() if bands else b"")
     for row in rows:
         digest.update(json.dumps([row["filename"], row["split"], row["captions"], _state(row["image"])]).encode())
     return digest.hexdigest()
@@ -378,6 +388,7 @@ def main(arguments=None):
     parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
     parser.add_argument("--image_column")
     parser.add_argument("--caption_column")
+    parser.add_argument("--bands", help="bands of images that become red, green and blue, from 1, such as 3,2,1")
     parser.add_argument("--on_bad_rows", default="stop", choices=ON_BAD_ROWS)
     parser.add_argument("--seed", type=int, default=0, help="draws the splits that are not distributed")
     parser.add_argument("--num_proc", type=int, help="images read at once; all CPU cores")

@@ -30,7 +30,7 @@ SPLIT_NAMES = {
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "path", "file_name", "filename", "file", "image_url", "url")
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentence", "text", "raw")
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".jp2")
 NWPU_SENTENCES = ("raw", "raw_1", "raw_2", "raw_3", "raw_4")
 
 

@@ -25,7 +25,7 @@ LAYERS = {
     "ieft.bad_rows": 0,
     "ieft.builders": 1,
     "ieft.downloads": 0,
-    "ieft.pictures": 1,
+    "ieft.pictures": 0,
     "ieft.sources": 1,
     "ieft.streams": 2,
     "ieft.search": 3,
@@ -36,6 +36,7 @@ SAME_LAYER = {
     "modeling_ieft": {"configuration_ieft", "layers_ieft", "pipeline_ieft"},
     "pipeline_ieft": {"processing_ieft"},
     "processing_ieft": {"configuration_ieft"},
+    "ieft.pictures": {"processing_ieft"},
 }
 
 

@@ -253,7 +253,7 @@ def test_checked_images_are_not_decoded_again_until_one_changes(tmp_path, monkey
     write_folder(tmp_path / "data")
     load_retrieval_dataset(str(tmp_path / "data"))
     decoded = []
-    monkeypatch.setattr("prepare_datasets.image_fault", decoded.append)
+    monkeypatch.setattr("prepare_datasets.image_fault", lambda image, bands: decoded.append(image))
     load_retrieval_dataset(str(tmp_path / "data"))
     assert decoded == []
     (tmp_path / "data" / "images" / "test_0.jpg").write_bytes(b"")
