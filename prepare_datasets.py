@@ -30,6 +30,7 @@ from tqdm import tqdm
 from ieft.archives import extract, is_archive, tar_members
 from ieft.bad_rows import MISSING, UNREADABLE, BadRowsError, describe, save_bad_rows, usable_rows
 from ieft.builders import SCENES_SEED, CaptionRowsBuilder, ScenesBuilder
+from ieft.dataset_report import measure_collection, save_report
 from ieft.downloads import download
 from ieft.pictures import parse_bands, read_picture
 from ieft.sources import IMAGE_ENDINGS, Source, read_source, read_webdataset, table_source
@@ -373,7 +374,7 @@ def push_folder(folder, repo_id, *, private=None):
     """A folder of `save_parquet` as one commit on the Hub: the URL of the commit."""
     api = HfApi()
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-    allowed = ["data/*.parquet", "README.md", "bad_rows.json"]
+    allowed = ["data/*.parquet", "README.md", "bad_rows.json", "report.*"]
     commit = api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder, allow_patterns=allowed)
     return commit.commit_url
 
@@ -388,6 +389,7 @@ def main(arguments=None):
     parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
     parser.add_argument("--image_column")
     parser.add_argument("--caption_column")
+    parser.add_argument("--report", action="store_true", help="first write one page about it: report.txt, report.png")
     parser.add_argument("--bands", help="bands of images that become red, green and blue, from 1, such as 3,2,1")
     parser.add_argument("--on_bad_rows", default="stop", choices=ON_BAD_ROWS)
     parser.add_argument("--seed", type=int, default=0, help="draws the splits that are not distributed")
@@ -406,8 +408,28 @@ def main(arguments=None):
     return 1
 
 
-def prepare(name_or_path, data_dir, *, output_dir, push_to_hub=None, private=None, **options):
+def report_collection(name_or_path, data_dir, folder, *, title, image_column=None, caption_column=None, bands=None,
+                      num_proc=None, cache_dir=None, **_):  # fmt: skip
+    """A page about a collection as it is distributed, bad rows and all: the text, and files in a folder."""
+    kept = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ieft"
+    bands = parse_bands(bands) if isinstance(bands, str) else bands
+    if name_or_path == "scenes":
+        splits = load_retrieval_dataset("scenes", cache_dir=cache_dir)
+        rows = [row | {"split": name, "image": row["image"]["bytes"]} for name, split in splits.items()
+                for row in split.cast_column("image", datasets.Image(decode=False))]  # fmt: skip
+    else:
+        columns = {"image_column": image_column, "caption_column": caption_column}
+        rows = find_source(str(name_or_path), data_dir, columns, kept)[1].rows
+    reasons = missing_images(rows, kept, num_proc)
+    _, bad = usable_rows(rows, image_faults(rows, kept, num_proc, bands=bands) | reasons)
+    return save_report(title, rows, measure_collection(rows, bad, bands=bands, num_proc=num_proc), folder)
+
+
+def prepare(name_or_path, data_dir, *, output_dir, push_to_hub=None, private=None, report=False, **options):
     """What the command does; arguments as its options."""
+    if report:
+        title = Path(name_or_path).name
+        print(report_collection(name_or_path, data_dir, output_dir, title=title, **options), end="\n\n")
     splits, bad_rows = load_and_check(name_or_path, data_dir, **options)
     save_bad_rows(bad_rows, output_dir)
     title = (push_to_hub or Path(name_or_path).name).split("/")[-1]

@@ -24,6 +24,7 @@ LAYERS = {
     "ieft.archives": 0,
     "ieft.bad_rows": 0,
     "ieft.builders": 1,
+    "ieft.dataset_report": 1,
     "ieft.downloads": 0,
     "ieft.pictures": 0,
     "ieft.sources": 1,
