@@ -34,7 +34,7 @@ from ieft.dataset_report import measure_collection, save_report
 from ieft.downloads import download
 from ieft.pictures import parse_bands, read_picture
 from ieft.sources import IMAGE_ENDINGS, Source, read_source, read_webdataset, table_source
-from ieft.streams import load_from_hub, stream_hub_dataset, stream_rows
+from ieft.streams import LazyRows, load_from_hub, stream_hub_dataset, stream_rows
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +101,7 @@ def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_co
         if streaming and data_dir is None and is_hub_id(name_or_path):
             return stream_hub_dataset(name_or_path, columns, **checks), []
         name, source = find_source(str(name_or_path), data_dir, columns, kept)
-        rows, bad = check_rows(source, on_bad_rows, kept, num_proc, bands=bands, decode=not streaming)
-        carve_missing_splits(rows, {row["split"] for row in source.rows}, seed)
+        rows, bad = check_rows(source, on_bad_rows, kept, num_proc, seed=seed, bands=bands, decode=not streaming)
         if streaming:
             return stream_rows(rows, source.annotations, **checks), bad
         name = re.sub(r"[^\w.-]", "-", name)
@@ -113,6 +112,32 @@ def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_co
     if streaming:  # scenes: small, and drawn in seconds
         splits = datasets.IterableDatasetDict({name: split.to_iterable_dataset() for name, split in splits.items()})
     return splits, bad
+
+
+def load_lazily(name_or_path, data_dir=None, *, image_column=None, caption_column=None, seed=0, on_bad_rows="stop",
+                bands=None, num_proc=None, cache_dir=None):  # fmt: skip
+    """As `load_and_check`, for training on what is larger than the disk: a dict of `LazyRows`, and the bad rows.
+
+    Every image is read once to check it, and again whenever it is used; none is copied. Images by URL are fetched, and
+    those inside tars, arrow and parquet files are held in memory.
+
+    Raises:
+        ValueError: for a dataset on the Hub, which cannot be read in any order.
+    """
+    if data_dir is None and is_hub_id(name_or_path):
+        raise ValueError(
+            f"Training draws images in any order, and {name_or_path} on the Hub streams in one. Download it "
+            "(hf download --repo-type dataset), or leave out --streaming."
+        )
+    if name_or_path == "scenes":
+        return load_and_check("scenes", cache_dir=cache_dir)
+    kept = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ieft"
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    bands = parse_bands(bands) if isinstance(bands, str) else bands
+    source = find_source(str(name_or_path), data_dir, columns, kept)[1]
+    rows, bad = check_rows(source, on_bad_rows, kept, num_proc, seed=seed, bands=bands)
+    names = [name for name in ("train", "validation", "test") if any(row["split"] == name for row in rows)]
+    return {name: LazyRows([row for row in rows if row["split"] == name], bands=bands) for name in names}, bad
 
 
 # Finding a collection ------------------------------------------------------------------------------------------------
@@ -186,8 +211,8 @@ def read_hub_dataset(name, columns, kept):
 # Checking ------------------------------------------------------------------------------------------------------------
 
 
-def check_rows(source, on_bad_rows, kept, num_proc, *, bands=None, decode=True):
-    """The usable rows of a source, and all faults; without `decode`, images are looked for but not read.
+def check_rows(source, on_bad_rows, kept, num_proc, *, seed, bands=None, decode=True):
+    """The usable rows of a source in their splits, and all faults; without `decode`, images are looked for only.
 
     Raises:
         BadRowsError: with `on_bad_rows` "stop", where there are faults; or where no row is left.
@@ -202,6 +227,7 @@ def check_rows(source, on_bad_rows, kept, num_proc, *, bands=None, decode=True):
         logger.warning(describe(bad, source.annotations))
     if not rows:
         raise ValueError(f"{source.annotations} holds no rows.")
+    carve_missing_splits(rows, {row["split"] for row in source.rows}, seed)
     return rows, bad
 
 

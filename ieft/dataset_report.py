@@ -35,7 +35,7 @@ def measure_collection(rows, bad_rows, *, bands=None, num_proc=None):
 
     Returns:
         dict: `splits`, by name, each with counts, `ceiling` (percent) and `words` (of each caption);
-        `shared_sentences` and `near_duplicates` between splits; `sizes`, `modes` and `bad_rows`, how many of each kind.
+        `shared_sentences` and `near_duplicates` between splits; `sizes`, `modes` and `bad_rows`, how many of each.
     """
     captions = [check_captions(row["captions"])[0] for row in rows]
     with ThreadPoolExecutor(num_proc or os.cpu_count()) as pool:
@@ -207,7 +207,7 @@ def report_picture(title, rows, facts):
     figure.suptitle(
         f"{title}: {images:,} images, {captions:,} captions", fontsize=17, weight="bold", x=0.01, ha="left"
     )
-    grid = figure.add_gridspec(3, 3, height_ratios=(1, 1, 0.8))
+    grid = figure.add_gridspec(3, 3, height_ratios=(1, 1, 0.8 if facts["near_duplicates"] else 0.1))
     _draw_sizes(figure.add_subplot(grid[0, 0]), facts)
     _draw_words(figure.add_subplot(grid[0, 1]), facts)
     _draw_ceilings(figure.add_subplot(grid[0, 2]), facts)
@@ -218,7 +218,6 @@ def report_picture(title, rows, facts):
     _draw_pairs(figure, grid[2, :], rows, facts["near_duplicates"])
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-        axes.title.set(fontsize=11, fontweight="bold")
     return figure
 
 
@@ -250,10 +249,10 @@ def _draw_ceilings(axes, facts):
     for place, (name, each) in enumerate(facts["splits"].items()):
         heights = [each["ceiling"][k] for k in RANKS]
         bars = axes.bar(np.arange(3) + (place + 0.5) * width - 0.4, heights, width * 0.94, color=COLOURS[name])
-        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+        axes.bar_label(bars, fmt="%.1f", fontsize=7)
     axes.set_xticks(range(3), [f"R@{k}" for k in RANKS])
     axes.set_ylim(0, 112)
-    axes.set_title("Strict text-to-image recall cannot exceed, %", loc="left")
+    axes.set_title("Highest strict text-to-image R@k, %", loc="left")
 
 
 def _draw_sentences(axes, facts):
@@ -282,7 +281,7 @@ def _draw_counts(axes, counts, title, colour):
     shown = dict(list(counts.items())[:8])
     colours = ["#57606a" if name.startswith("mode ") else colour for name in shown]
     axes.bar_label(axes.barh(list(shown), list(shown.values()), color=colours, height=0.6), fmt=" {:,.0f}", fontsize=9)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(shown), 5) - 0.5, -0.5)
     axes.margins(x=0.2)
 
 

@@ -1,7 +1,8 @@
 """Collections larger than the disk, as streams.
 
 In: rows whose captions are known, or the streams of a Hub dataset. Out: an `IterableDatasetDict` with the columns of a
-prepared one. Each image is checked as it passes. It knows nothing of files of annotations, and keeps nothing.
+prepared one, each image checked as it passes; or rows by number, for training, which draws them in any order. It knows
+nothing of files of annotations, and keeps nothing.
 """
 
 import logging
@@ -12,9 +13,43 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ieft.bad_rows import MISSING, BadRow, BadRowsError, describe, make_bad_rows, usable_rows
 from ieft.builders import FEATURES, make_example
+from ieft.pictures import read_picture
 from ieft.sources import SPLIT_NAMES, table_source
 
 logger = logging.getLogger(__name__)
+
+
+class LazyRows:
+    """A split of rows that were checked, of which images are read where they are whenever they are asked for.
+
+    It has what a trainer asks of a `datasets.Dataset`: rows by number, a column by name, `select`.
+    """
+
+    def __init__(self, rows, *, bands=None):
+        self.rows, self.bands = rows, bands
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, which):
+        if isinstance(which, str):
+            return [row[which] for row in self.rows]
+        row = self.rows[which]
+        return row | {"image": read_picture(row["image"], bands=self.bands)}
+
+    def __iter__(self):
+        return (self[number] for number in range(len(self)))
+
+    def __add__(self, other):
+        return LazyRows(self.rows + other.rows, bands=self.bands)
+
+    def select(self, numbers):
+        """The rows of these numbers."""
+        return LazyRows([self.rows[number] for number in numbers], bands=self.bands)
+
+    def select_columns(self, names):
+        """All of them: no image is read for a column."""
+        return self
 
 
 def stream_rows(rows, source, *, image_fault, on_bad_rows, bands=None):
