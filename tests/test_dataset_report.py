@@ -1,4 +1,4 @@
-"""The page about a collection says what is so: its ceilings against ranking itself, its duplicates against known ones."""
+"""The page about a collection says what is so: ceilings against ranking itself, duplicates against known ones."""
 
 import json
 

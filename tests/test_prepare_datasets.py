@@ -216,8 +216,8 @@ def write_scenes(folder, bands, depth):
     entries = write_folder(folder, suffix=".tif", count=2)
     for number, entry in enumerate(entries):
         pixels = np.random.default_rng(number).integers(200, 3000, (bands, 20, 24)).astype(depth)
-        with rasterio.open(folder / "images" / entry["filename"], "w", driver="GTiff", count=bands, width=24, height=20,
-                           dtype=depth) as scene:  # fmt: skip
+        shape = {"count": bands, "width": 24, "height": 20, "dtype": depth}
+        with rasterio.open(folder / "images" / entry["filename"], "w", driver="GTiff", **shape) as scene:
             scene.write(pixels)
     return folder
 
