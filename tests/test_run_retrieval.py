@@ -160,8 +160,8 @@ def write_fields(folder, *, deep=False):
 def test_a_streaming_run_copies_no_image_and_gives_the_same_recalls(trained, tmp_path, monkeypatch):
     path = str(write_fields(tmp_path / "deep", deep=True))
     arguments = ["--use_cpu", "--disable_tqdm", "true", "--dataset_name", path, "--network", "tiny",
-                 "--max_steps", "3", "--eval_steps", "3", "--save_steps", "3", "--num_negatives", "4", "--protocol", "published",
-                 "--per_device_train_batch_size", "4"]  # fmt: skip
+                 "--max_steps", "3", "--eval_steps", "3", "--save_steps", "3", "--num_negatives", "4",
+                 "--protocol", "published", "--per_device_train_batch_size", "4"]  # fmt: skip
     cache = tmp_path / "cache"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
     streamed = run_retrieval.main([*arguments, "--streaming", "--output_dir", str(tmp_path / "streamed")])
