@@ -24,6 +24,8 @@ from PIL import Image
 
 from processing_ieft import stretch_to_bytes, to_rgb
 
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # what it cannot read, rasterio can
+
 MAX_PIXELS = 2048 * 2048  # the network looks at 384 x 384
 MAX_SCENE_PIXELS = 2**32
 MAX_BLOCK_BYTES = 2**28  # what a TIFF keeps as one piece has to be decoded as one
