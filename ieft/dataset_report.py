@@ -297,12 +297,13 @@ def _draw_pairs(figure, place, rows, pairs):
     """The nearest images of different splits, side by side."""
     slots = place.subgridspec(1, 10, wspace=0.05)
     heading = f"Images of different splits that look alike: {len(pairs):,} pairs" + (", the nearest:" if pairs else "")
-    for number in range(10 if pairs else 1):
-        axes = figure.add_subplot(slots[0, number])
-        axes.set_axis_off()
-        if number == 0:
-            axes.set_title(heading, loc="left")
+    whole = figure.add_subplot(place)
+    whole.set_axis_off()
+    whole.set_title(heading, loc="left")
+    for number in range(10):
         if number // 2 < len(pairs):
+            axes = figure.add_subplot(slots[0, number])
+            axes.set_axis_off()
             pair, side = pairs[number // 2], number % 2
             axes.imshow(read_picture(rows[pair["rows"][side]]["image"]).resize((160, 160)))
             label = f"{pair['splits'][side]}\n{pair['images'][side][-20:]}"

@@ -157,7 +157,7 @@ def write_fields(folder, *, deep=False):
     return folder / "rows.jsonl"
 
 
-def test_a_streaming_run_copies_no_image_and_gives_the_same_recalls(trained, tmp_path, monkeypatch):
+def test_a_streaming_run_copies_no_image_and_gives_the_same_recalls(tmp_path, monkeypatch):
     path = str(write_fields(tmp_path / "deep", deep=True))
     arguments = ["--use_cpu", "--disable_tqdm", "true", "--dataset_name", path, "--network", "tiny",
                  "--max_steps", "3", "--eval_steps", "3", "--save_steps", "3", "--num_negatives", "4",
