@@ -17,6 +17,8 @@ import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -28,10 +30,11 @@ from tqdm import tqdm
 from ieft.archives import extract, is_archive, tar_members
 from ieft.bad_rows import MISSING, UNREADABLE, BadRowsError, describe, save_bad_rows, usable_rows
 from ieft.builders import SCENES_SEED, CaptionRowsBuilder, ScenesBuilder
+from ieft.dataset_report import measure_collection, save_report
 from ieft.downloads import download
+from ieft.pictures import parse_bands, read_picture
 from ieft.sources import IMAGE_ENDINGS, Source, read_source, read_webdataset, table_source
-from ieft.streams import load_from_hub, stream_hub_dataset, stream_rows
-from processing_ieft import open_picture
+from ieft.streams import LazyRows, load_from_hub, stream_hub_dataset, stream_rows
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ def load_retrieval_dataset(name_or_path, data_dir=None, **options):
 
 
 def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_column=None, seed=0, on_bad_rows="stop",
-                   num_proc=None, scenes_seed=SCENES_SEED, cache_dir=None, streaming=False):  # fmt: skip
+                   bands=None, num_proc=None, scenes_seed=SCENES_SEED, cache_dir=None, streaming=False):  # fmt: skip
     """The splits as `load_retrieval_dataset`, and what was left out.
 
     Args:
@@ -77,6 +80,8 @@ def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_co
         caption_column: the same for captions: one string, a list, or the columns caption_1, caption_2...
         seed: draws the validation and test splits where none is distributed.
         on_bad_rows: "stop" raises before anything is prepared; "skip" leaves such rows out and says so.
+        bands: for images of several bands, the numbers from 1 of those that become red, green and blue, such as
+            "3,2,1" or (3, 2, 1), or of one that becomes grey.
         num_proc: images read at once; None is one for each CPU core.
         scenes_seed: which synthetic scenes are drawn.
         cache_dir: where prepared splits are kept; None is the `datasets` library's own place.
@@ -88,6 +93,7 @@ def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_co
     """
     if on_bad_rows not in ON_BAD_ROWS:
         raise ValueError(f"on_bad_rows must be one of {', '.join(ON_BAD_ROWS)}; got {on_bad_rows!r}.")
+    bands = parse_bands(bands) if isinstance(bands, str) else bands
     if name_or_path in SYNTHETIC:
         hard = name_or_path == "twins"
         builder = ScenesBuilder(config_name=name_or_path, scenes_seed=scenes_seed, hard=hard, cache_dir=cache_dir)
@@ -95,21 +101,47 @@ def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_co
     else:
         kept = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ieft"
         columns = {"image_column": image_column, "caption_column": caption_column}
+        checks = {"image_fault": image_fault, "on_bad_rows": on_bad_rows, "bands": bands}
         if streaming and data_dir is None and is_hub_id(name_or_path):
-            return stream_hub_dataset(name_or_path, columns, image_fault=image_fault, on_bad_rows=on_bad_rows), []
+            return stream_hub_dataset(name_or_path, columns, **checks), []
         name, source = find_source(str(name_or_path), data_dir, columns, kept)
-        rows, bad = check_rows(source, on_bad_rows, kept, num_proc, decode=not streaming)
-        carve_missing_splits(rows, {row["split"] for row in source.rows}, seed)
+        rows, bad = check_rows(source, on_bad_rows, kept, num_proc, seed=seed, bands=bands, decode=not streaming)
         if streaming:
-            return stream_rows(rows, source.annotations, image_fault=image_fault, on_bad_rows=on_bad_rows), bad
+            return stream_rows(rows, source.annotations, **checks), bad
         name = re.sub(r"[^\w.-]", "-", name)
-        builder = CaptionRowsBuilder(config_name=name, sources=fingerprint(rows), cache_dir=cache_dir)
-        builder.rows = rows
+        builder = CaptionRowsBuilder(config_name=name, sources=fingerprint(rows, bands), cache_dir=cache_dir)
+        builder.rows, builder.bands = rows, bands
     builder.download_and_prepare()
     splits = builder.as_dataset()
     if streaming:  # scenes: small, and drawn in seconds
         splits = datasets.IterableDatasetDict({name: split.to_iterable_dataset() for name, split in splits.items()})
     return splits, bad
+
+
+def load_lazily(name_or_path, data_dir=None, *, image_column=None, caption_column=None, seed=0, on_bad_rows="stop",
+                bands=None, num_proc=None, cache_dir=None):  # fmt: skip
+    """As `load_and_check`, for training on what is larger than the disk: a dict of `LazyRows`, and the bad rows.
+
+    Every image is read once to check it, and again whenever it is used; none is copied. Images by URL are fetched, and
+    those inside tars, arrow and parquet files are held in memory.
+
+    Raises:
+        ValueError: for a dataset on the Hub, which cannot be read in any order.
+    """
+    if data_dir is None and is_hub_id(name_or_path):
+        raise ValueError(
+            f"Training draws images in any order, and {name_or_path} on the Hub streams in one. Download it "
+            "(hf download --repo-type dataset), or leave out --streaming."
+        )
+    if name_or_path in SYNTHETIC:
+        return load_and_check(name_or_path, cache_dir=cache_dir)
+    kept = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ieft"
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    bands = parse_bands(bands) if isinstance(bands, str) else bands
+    source = find_source(str(name_or_path), data_dir, columns, kept)[1]
+    rows, bad = check_rows(source, on_bad_rows, kept, num_proc, seed=seed, bands=bands)
+    names = [name for name in ("train", "validation", "test") if any(row["split"] == name for row in rows)]
+    return {name: LazyRows([row for row in rows if row["split"] == name], bands=bands) for name in names}, bad
 
 
 # Finding a collection ------------------------------------------------------------------------------------------------
@@ -198,16 +230,15 @@ def read_hub_dataset(name, columns, kept):
 # Checking ------------------------------------------------------------------------------------------------------------
 
 
-def check_rows(source, on_bad_rows, kept, num_proc, *, decode=True):
-    """The usable rows of a source, and all faults; without `decode`, images are looked for but not read.
+def check_rows(source, on_bad_rows, kept, num_proc, *, seed, bands=None, decode=True):
+    """The usable rows of a source in their splits, and all faults; without `decode`, images are looked for only.
 
     Raises:
         BadRowsError: with `on_bad_rows` "stop", where there are faults; or where no row is left.
     """
-    not_fetched = fetch_urls(source.rows, kept, num_proc)
-    reasons = {number: MISSING for number, row in enumerate(source.rows) if row["image"] is None} | not_fetched
+    reasons = missing_images(source.rows, kept, num_proc)
     if decode:
-        reasons = image_faults(source.rows, kept, num_proc) | reasons
+        reasons = image_faults(source.rows, kept, num_proc, bands=bands) | reasons
     rows, bad = usable_rows(source.rows, reasons)
     if bad and (on_bad_rows == "stop" or not rows):
         raise BadRowsError(bad, source.annotations)
@@ -215,7 +246,14 @@ def check_rows(source, on_bad_rows, kept, num_proc, *, decode=True):
         logger.warning(describe(bad, source.annotations))
     if not rows:
         raise ValueError(f"{source.annotations} holds no rows.")
+    carve_missing_splits(rows, {row["split"] for row in source.rows}, seed)
     return rows, bad
+
+
+def missing_images(rows, kept, num_proc):
+    """Row number -> why there is no image file; the files of URLs are fetched."""
+    not_fetched = fetch_urls(rows, kept, num_proc)
+    return {number: MISSING for number, row in enumerate(rows) if row["image"] is None} | not_fetched
 
 
 def fetch_urls(rows, kept, num_proc):
@@ -230,29 +268,30 @@ def fetch_urls(rows, kept, num_proc):
     return reasons
 
 
-def image_faults(rows, kept, num_proc):
+def image_faults(rows, kept, num_proc, *, bands=None):
     """Row number -> why its image cannot be used. Every image is decoded once; later calls read what was found."""
     present = [number for number, row in enumerate(rows) if row["image"] is not None]
     states = [_state(rows[number]["image"]) for number in present]
-    path = kept / "checked" / f"{hashlib.sha256(json.dumps(states).encode()).hexdigest()}.json"
+    how = [bands, find_spec("rasterio") is not None, states]
+    path = kept / "checked" / f"{hashlib.sha256(json.dumps(how).encode()).hexdigest()}.json"
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
     else:
         images = [rows[number]["image"] for number in present]
-        found = list(_parallel(image_fault, images, num_proc, "checking images"))
+        found = list(_parallel(partial(image_fault, bands=bands), images, num_proc, "checking images"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(found), encoding="utf-8")
-        partial.replace(path)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(found), encoding="utf-8")
+        unfinished.replace(path)
     return {number: fault for number, fault in zip(present, found, strict=True) if fault}
 
 
-def image_fault(image):
-    """PIL's `verify` misses truncated files; reading the pixels as training will finds them."""
+def image_fault(image, *, bands=None):
+    """Why an image cannot be used, or None. PIL's `verify` misses truncated files; reading the pixels finds them."""
     try:
-        open_picture(image)
+        read_picture(image, bands=bands)
     except (OSError, ValueError) as error:
-        return f"{UNREADABLE}: {error}"
+        return f"{UNREADABLE}: {error.__cause__}"
     return None
 
 
@@ -272,9 +311,9 @@ def _state(image):
     return f"{image} {state.st_size} {state.st_mtime_ns}"
 
 
-def fingerprint(rows):
+def fingerprint(rows, bands=None):
     """A hash of the annotations, the splits and the images, files by size and time: an edit is a new dataset."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(bands).encode() if bands else b"")
     for row in rows:
         digest.update(json.dumps([row["filename"], row["split"], row["captions"], _state(row["image"])]).encode())
     return digest.hexdigest()
@@ -380,7 +419,7 @@ def push_folder(folder, repo_id, *, private=None):
     """A folder of `save_parquet` as one commit on the Hub: the URL of the commit."""
     api = HfApi()
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-    allowed = ["data/*.parquet", "README.md", "bad_rows.json"]
+    allowed = ["data/*.parquet", "README.md", "bad_rows.json", "report.*"]
     commit = api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder, allow_patterns=allowed)
     return commit.commit_url
 
@@ -395,6 +434,8 @@ def main(arguments=None):
     parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
     parser.add_argument("--image_column")
     parser.add_argument("--caption_column")
+    parser.add_argument("--report", action="store_true", help="first write one page about it: report.txt, report.png")
+    parser.add_argument("--bands", help="bands of images that become red, green and blue, from 1, such as 3,2,1")
     parser.add_argument("--on_bad_rows", default="stop", choices=ON_BAD_ROWS)
     parser.add_argument("--seed", type=int, default=0, help="draws the splits that are not distributed")
     parser.add_argument("--num_proc", type=int, help="images read at once; all CPU cores")
@@ -412,8 +453,28 @@ def main(arguments=None):
     return 1
 
 
-def prepare(name_or_path, data_dir, *, output_dir, push_to_hub=None, private=None, **options):
+def report_collection(name_or_path, data_dir, folder, *, title, image_column=None, caption_column=None, bands=None,
+                      num_proc=None, cache_dir=None, **_):  # fmt: skip
+    """A page about a collection as it is distributed, bad rows and all: the text, and files in a folder."""
+    kept = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ieft"
+    bands = parse_bands(bands) if isinstance(bands, str) else bands
+    if name_or_path in SYNTHETIC:
+        splits = load_retrieval_dataset(name_or_path, cache_dir=cache_dir)
+        rows = [row | {"split": name, "image": row["image"]["bytes"]} for name, split in splits.items()
+                for row in split.cast_column("image", datasets.Image(decode=False))]  # fmt: skip
+    else:
+        columns = {"image_column": image_column, "caption_column": caption_column}
+        rows = find_source(str(name_or_path), data_dir, columns, kept)[1].rows
+    reasons = missing_images(rows, kept, num_proc)
+    _, bad = usable_rows(rows, image_faults(rows, kept, num_proc, bands=bands) | reasons)
+    return save_report(title, rows, measure_collection(rows, bad, bands=bands, num_proc=num_proc), folder)
+
+
+def prepare(name_or_path, data_dir, *, output_dir, push_to_hub=None, private=None, report=False, **options):
     """What the command does; arguments as its options."""
+    if report:
+        title = Path(name_or_path).name
+        print(report_collection(name_or_path, data_dir, output_dir, title=title, **options), end="\n\n")
     splits, bad_rows = load_and_check(name_or_path, data_dir, **options)
     save_bad_rows(bad_rows, output_dir)
     title = (push_to_hub or Path(name_or_path).name).split("/")[-1]

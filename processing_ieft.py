@@ -277,4 +277,12 @@ AutoImageProcessor.register(IeftConfig, image_processor_classes=BACKENDS, exist_
 IeftImageProcessor.register_for_auto_class()
 IeftProcessor.register_for_auto_class()
 
-__all__ = ["IeftImageProcessor", "IeftProcessor", "array_to_rgb", "open_lazily", "open_picture", "stretch_to_bytes", "to_rgb"]
+__all__ = [
+    "IeftImageProcessor",
+    "IeftProcessor",
+    "array_to_rgb",
+    "open_lazily",
+    "open_picture",
+    "stretch_to_bytes",
+    "to_rgb",
+]

@@ -35,7 +35,7 @@ from ieft.report import ranked_sheet, recall_table, training_curves, two_stage_t
 from ieft.trainer import IeftTrainer, IeftTrainingArguments
 from ieft.two_stage import choose_similarity_weight, compare_stages, make_shortlists
 from modeling_ieft import IeftForImageTextRetrieval
-from prepare_datasets import load_and_check
+from prepare_datasets import load_and_check, load_lazily
 from processing_ieft import IeftImageProcessor, IeftProcessor, to_rgb
 
 logger = logging.getLogger("run_retrieval")
@@ -155,9 +155,18 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Also rank the test split of each of these, without images that the model was trained on. A name "
-            "with its folder is written rsicd=FOLDER."
+            "with its folder is written rsicd=FOLDER, another split rsicd=FOLDER:validation."
         },
     )
+    bands: str | None = field(
+        default=None,
+        metadata={"help": "Bands that become red, green and blue, from 1, such as 3,2,1; for all images of the run."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read images where they are whenever they are used, and copy none: for what is larger than "
+                          "the disk. Not for datasets on the Hub."},
+    )  # fmt: skip
     protocol: str = field(
         default="clean",
         metadata={
@@ -197,7 +206,7 @@ def main(arguments=None):
     set_seed(args.seed)
     with args.main_process_first(desc="preparing the dataset"):
         splits, bad_rows = load_splits(data_args, args)
-        others = load_others(data_args, splits)
+        others = load_others(data_args, splits, args.seed)
     model, processor = load_model(model_args, args, splits["train"]["captions"])
     if data_args.rerank_top_k and not model.config.contrastive_dim:
         raise ValueError("--rerank_top_k needs contrastive heads: train with --contrastive_weight 1.")
@@ -302,9 +311,10 @@ def set_up_logging(args):
 def load_splits(data_args, args):
     """Train, validation and test as the protocol has them, cut to the sizes asked for; and the rows left out, which
     `bad_rows.json` lists."""
-    options = {name: getattr(data_args, name) for name in ("image_column", "caption_column", "on_bad_rows")}
+    options = {name: getattr(data_args, name) for name in ("image_column", "caption_column", "on_bad_rows", "bands")}
+    load = load_lazily if data_args.streaming else load_and_check
     try:
-        splits, bad_rows = load_and_check(data_args.dataset_name, data_args.data_dir, seed=args.seed, **options)
+        splits, bad_rows = load(data_args.dataset_name, data_args.data_dir, seed=args.seed, **options)
     except BadRowsError as error:
         save_bad_rows(error.bad_rows, args.output_dir)
         raise
@@ -314,7 +324,8 @@ def load_splits(data_args, args):
     if missing:
         raise ValueError(f"{data_args.dataset_name} has no usable row in its {', '.join(sorted(missing))} split.")
     if data_args.protocol == "published":
-        splits["train"] = concatenate_datasets([splits["train"], splits["validation"]])
+        both = splits["train"], splits["validation"]
+        splits["train"] = concatenate_datasets(both) if isinstance(both[0], datasets.Dataset) else both[0] + both[1]
         splits["validation"] = splits["test"]
     sizes = {
         "train": data_args.max_train_samples,
@@ -327,30 +338,43 @@ def load_splits(data_args, args):
     return splits, bad_rows
 
 
-def load_others(data_args, splits):
-    """Name -> test split of each of `eval_datasets`, and how many of its images were trained or chosen on, left out.
+def load_others(data_args, splits, seed):
+    """Name -> the split asked for of each of `eval_datasets`, and how many of its images were left out.
 
-    Images are the same if all their pixels are, however they are stored.
+    Images that were trained or chosen on are, but where the very split that they are of is asked for. Images are the
+    same if all their pixels are, however they are stored.
     """
     if not data_args.eval_datasets:
         return {}
     seen = {key for name in ("train", "validation") for key in map(pixel_hash, iterate_images(splits[name]))}
     others = {}
     for wish in data_args.eval_datasets:
-        name, _, folder = wish.partition("=")
-        own = {"seed": 0, "on_bad_rows": data_args.on_bad_rows}
-        loaded, bad_rows = load_and_check(name, folder or None, **own)
-        if "test" not in loaded:
-            raise ValueError(f"--eval_datasets {name}: it has no usable row in its test split.")
-        test = loaded["test"]
-        kept = [row for row, image in enumerate(iterate_images(test)) if pixel_hash(image) not in seen]
+        place, split = parse_wish(wish)
+        name, _, folder = place.partition("=")
+        own = {
+            "seed": seed if name == data_args.dataset_name else 0,
+            "on_bad_rows": data_args.on_bad_rows,
+            "bands": data_args.bands,
+        }
+        loaded, bad_rows = (load_lazily if data_args.streaming else load_and_check)(name, folder or None, **own)
+        if split not in loaded:
+            raise ValueError(f"--eval_datasets {wish}: it has no usable row in its {split} split.")
+        wanted = loaded[split]
+        known = set() if name == data_args.dataset_name and split != "test" else seen
+        kept = [row for row, image in enumerate(iterate_images(wanted)) if pixel_hash(image) not in known]
         if not kept:
             raise ValueError(
-                f"--eval_datasets {name}: the model was trained on all {len(test)} images of its test split."
+                f"--eval_datasets {wish}: the model was trained on all {len(wanted)} images of its {split} split."
             )
-        counts = {"removed_overlap": len(test) - len(kept), "bad_rows": len(bad_rows)}
-        others[name] = (test.select(kept), counts)
+        counts = {"removed_overlap": len(wanted) - len(kept), "bad_rows": len(bad_rows), "split": split}
+        others[name if split == "test" else f"{name}:{split}"] = (wanted.select(kept), counts)
     return others
+
+
+def parse_wish(wish):
+    """ "rsicd=FOLDER:validation" -> ("rsicd=FOLDER", "validation"); the test split where none is named."""
+    place, _, split = wish.rpartition(":")
+    return (place, split) if split in ("train", "validation", "test") else (wish, "test")
 
 
 def iterate_images(split):

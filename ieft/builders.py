@@ -5,12 +5,16 @@ come from. A file of its own, since the library puts other functions for files a
 """
 
 import io
+import logging
 from dataclasses import dataclass
 
 import datasets
 import numpy as np
 
 from ieft import scenes, twins
+from ieft.pictures import is_plain, read_picture
+
+logger = logging.getLogger(__name__)
 
 SCENES_SEED = 2023
 FEATURES = {
@@ -18,6 +22,21 @@ FEATURES = {
     "filename": datasets.Value("string"),
     "captions": datasets.List(datasets.Value("string")),
 }
+
+
+def make_example(row, *, bands=None):
+    """A row as the library stores it, and whether its image had to be converted.
+
+    Plain image files stay where they are, referred to by absolute path. Others, which the library's own decoding would
+    spoil or not read, become 8-bit RGB PNG as `read_picture` makes of them.
+    """
+    image, plain = row["image"], is_plain(row["image"], bands=bands)
+    if not plain:
+        encoded = io.BytesIO()
+        read_picture(image, bands=bands).save(encoded, "PNG")
+        image = encoded.getvalue()
+    image = {"path": None, "bytes": image} if isinstance(image, bytes) else str(image)
+    return {"image": image, "filename": row["filename"], "captions": row["captions"]}, not plain
 
 
 @dataclass
@@ -28,10 +47,11 @@ class CaptionRowsConfig(datasets.BuilderConfig):
 
 
 class CaptionRowsBuilder(datasets.GeneratorBasedBuilder):
-    """Rows of a source. Image files stay where they are, referred to by absolute path."""
+    """Rows of a source, with `bands` of their images."""
 
     BUILDER_CONFIG_CLASS = CaptionRowsConfig
     rows: list[dict]
+    bands: tuple | None = None
 
     def _info(self):
         return datasets.DatasetInfo(features=datasets.Features(FEATURES))
@@ -42,9 +62,16 @@ class CaptionRowsBuilder(datasets.GeneratorBasedBuilder):
         return [datasets.SplitGenerator(name=name, gen_kwargs={"split": name}) for name in names]
 
     def _generate_examples(self, split):
+        count = 0
         for key, row in enumerate(row for row in self.rows if row["split"] == split):
-            image = {"path": None, "bytes": row["image"]} if isinstance(row["image"], bytes) else str(row["image"])
-            yield key, {"image": image, "filename": row["filename"], "captions": row["captions"]}
+            example, converted = make_example(row, bands=self.bands)
+            count += converted
+            yield key, example
+        if count:
+            logger.warning(
+                "%s: %d images are kept as 8-bit RGB PNG of at most 2048 x 2048 pixels: they are larger, or of bands "
+                "or depths that have to be chosen or stretched.", split, count,
+            )  # fmt: skip
 
 
 @dataclass

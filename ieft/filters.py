@@ -63,5 +63,3 @@ def fetch(query, where, **options):
 def is_not_text(text):
     """Whether it holds half a character, as the names of files that are not UTF-8 do."""
     return any("\ud800" <= letter <= "\udfff" for letter in text)
-
-

@@ -165,7 +165,9 @@ class ImageIndex:
         Returns:
             dict: `added` and `unchanged`, how many.
         """
-        check_text(captions)
+        captions = list(captions)
+        if captions:
+            check_text(captions)
         captions = list(dict.fromkeys(caption.strip() for caption in captions if caption.strip()))
         added = 0
         for first in range(0, len(captions), batch_size):

@@ -12,7 +12,6 @@ Memory is bounded: a picture has at most `MAX_PIXELS`, and larger files are deco
 files of more than 179 million pixels as decompression bombs; a TIFF may have more, if its blocks can be read singly.
 """
 
-import io
 import logging
 import re
 import warnings
@@ -22,7 +21,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from processing_ieft import stretch_to_bytes, to_rgb
+from processing_ieft import open_lazily, stretch_to_bytes, to_rgb
+
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # what it cannot read, rasterio can
 
 MAX_PIXELS = 2048 * 2048  # the network looks at 384 x 384
 MAX_SCENE_PIXELS = 2**32
@@ -66,7 +67,7 @@ def is_plain(file, *, bands=None):
     if bands:
         return False
     try:
-        with Image.open(_stream(file)) as image:
+        with open_lazily(file) as image:
             plain = _pillow_is_faithful(image) and image.width * image.height <= MAX_PIXELS
             if plain and image.format == "TIFF":
                 image.load()  # Pillow knows compressions by name that it cannot undo
@@ -78,7 +79,7 @@ def is_plain(file, *, bands=None):
 def describe_picture(file):
     """Width, height and mode of an image file as stored: Pillow's name, or such as "13 x uint16"."""
     try:
-        with Image.open(_stream(file)) as image:
+        with open_lazily(file) as image:
             if _pillow_is_faithful(image):
                 return (*image.size, image.mode)
     except Exception:
@@ -99,7 +100,7 @@ def parse_bands(text):
 
 def _read(file, bands):
     try:
-        with Image.open(_stream(file)) as image:
+        with open_lazily(file) as image:
             if image.format == "TIFF":
                 if not bands and _pillow_is_faithful(image) and image.width * image.height <= MAX_PIXELS:
                     return to_rgb(image)
@@ -228,10 +229,6 @@ def _check_size(scene):
             f"{scene.width} x {scene.height} pixels in blocks of {width} x {height}, too large to be read safely, "
             "could be a decompression bomb: save it as a TIFF of tiles, or cut it"
         )
-
-
-def _stream(file):
-    return io.BytesIO(file) if isinstance(file, bytes) else file
 
 
 def _is_tiff(file):

@@ -31,7 +31,7 @@ SPLIT_NAMES = {
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "path", "file_name", "filename", "file", "image_url", "url")
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentence", "text", "raw")
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".jp2")
 # A few kilobytes of parquet or arrow can stand for more than any memory holds.
 MAX_ROWS = 10_000_000
 MAX_TABLE_RATIO = 200  # bytes of a table for each of its file, beyond the first 2 GiB: captions need about 10

@@ -1,7 +1,8 @@
 """Collections larger than the disk, as streams.
 
 In: rows whose captions are known, or the streams of a Hub dataset. Out: an `IterableDatasetDict` with the columns of a
-prepared one. Each image is checked as it passes. It knows nothing of files of annotations, and keeps nothing.
+prepared one, each image checked as it passes; or rows by number, for training, which draws them in any order. It knows
+nothing of files of annotations, and keeps nothing.
 """
 
 import logging
@@ -11,22 +12,56 @@ import datasets
 from huggingface_hub.errors import HfHubHTTPError
 
 from ieft.bad_rows import MISSING, BadRow, BadRowsError, describe, make_bad_rows, usable_rows
-from ieft.builders import FEATURES
+from ieft.builders import FEATURES, make_example
+from ieft.pictures import read_picture
 from ieft.sources import SPLIT_NAMES, table_source
 
 logger = logging.getLogger(__name__)
 
 
-def stream_rows(rows, source, *, image_fault, on_bad_rows):
+class LazyRows:
+    """A split of rows that were checked, of which images are read where they are whenever they are asked for.
+
+    It has what a trainer asks of a `datasets.Dataset`: rows by number, a column by name, `select`.
+    """
+
+    def __init__(self, rows, *, bands=None):
+        self.rows, self.bands = rows, bands
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, which):
+        if isinstance(which, str):
+            return [row[which] for row in self.rows]
+        row = self.rows[which]
+        return row | {"image": read_picture(row["image"], bands=self.bands)}
+
+    def __iter__(self):
+        return (self[number] for number in range(len(self)))
+
+    def __add__(self, other):
+        return LazyRows(self.rows + other.rows, bands=self.bands)
+
+    def select(self, numbers):
+        """The rows of these numbers."""
+        return LazyRows([self.rows[number] for number in numbers], bands=self.bands)
+
+    def select_columns(self, names):
+        """All of them: no image is read for a column."""
+        return self
+
+
+def stream_rows(rows, source, *, image_fault, on_bad_rows, bands=None):
     """Streams of rows that `usable_rows` has passed but for their images.
 
     Args:
-        image_fault: path or bytes -> a reason, or None.
+        image_fault: path or bytes and `bands` -> a reason, or None.
         on_bad_rows: "stop" raises `BadRowsError` at the first unreadable image; "skip" leaves it out and says so.
     """
     splits = [name for name in ("train", "validation", "test") if any(row["split"] == name for row in rows)]
     own = {name: [row for row in rows if row["split"] == name] for name in splits}
-    return _as_streams({name: (_checked_rows, own[name], source, image_fault, on_bad_rows) for name in splits})
+    return _as_streams({name: (_checked_rows, own[name], source, image_fault, on_bad_rows, bands) for name in splits})
 
 
 def load_from_hub(name, **options):
@@ -42,7 +77,7 @@ def load_from_hub(name, **options):
         raise ValueError(f"{name} is no existing path, and cannot be loaded from the Hub ({reason}).") from error
 
 
-def stream_hub_dataset(name, columns, *, image_fault, on_bad_rows, **options):
+def stream_hub_dataset(name, columns, *, image_fault, on_bad_rows, bands=None, **options):
     """The splits of a Hub dataset of parquet files or tars, read while they are used; `options` of `load_dataset`."""
     streams = load_from_hub(name, streaming=True, **options)
     ways = {}
@@ -52,7 +87,7 @@ def stream_hub_dataset(name, columns, *, image_fault, on_bad_rows, **options):
         for column, feature in (stream.features or {}).items():
             if isinstance(feature, datasets.Image):
                 stream = stream.cast_column(column, datasets.Image(decode=False))
-        ways[SPLIT_NAMES[split]] = (_checked_records, stream, (name, split, columns), image_fault, on_bad_rows)
+        ways[SPLIT_NAMES[split]] = (_checked_records, stream, (name, split, columns), image_fault, on_bad_rows, bands)
     return _as_streams(ways)
 
 
@@ -71,34 +106,29 @@ def _run(way):
     yield from generate(*arguments)
 
 
-def _checked_rows(rows, source, image_fault, on_bad_rows):
+def _checked_rows(rows, source, image_fault, on_bad_rows, bands):
     for number, row in enumerate(rows):
-        reason = MISSING if row["image"] is None else image_fault(row["image"])
+        reason = MISSING if row["image"] is None else image_fault(row["image"], bands=bands)
         if reason:
             _leave_out(make_bad_rows(number, row, [reason], "image and captions"), source, on_bad_rows)
         else:
-            yield _example(row)
+            yield make_example(row, bands=bands)[0]
 
 
-def _checked_records(stream, origin, image_fault, on_bad_rows):
+def _checked_records(stream, origin, image_fault, on_bad_rows, bands):
     name, split, columns = origin
     for number, record in enumerate(stream):
         row = table_source(Path(name), [record | {"split": split}], columns, start=number).rows[0]
         known = isinstance(row["image"], bytes)  # a path that a Hub dataset names would be one of this machine
-        reason = image_fault(row["image"]) if known else MISSING
+        reason = image_fault(row["image"], bands=bands) if known else MISSING
         rows, bad = usable_rows([row], {0: reason} if reason else {})
         if bad:
             _leave_out([BadRow(**(vars(each) | {"row": number})) for each in bad], name, on_bad_rows)
         for usable in rows:
-            yield _example(usable)
+            yield make_example(usable, bands=bands)[0]
 
 
 def _leave_out(bad, source, on_bad_rows):
     if on_bad_rows == "stop":
         raise BadRowsError(bad, source)
     logger.warning(describe(bad, source))
-
-
-def _example(row):
-    image = {"path": None, "bytes": row["image"]} if isinstance(row["image"], bytes) else str(row["image"])
-    return {"image": image, "filename": row["filename"], "captions": row["captions"]}

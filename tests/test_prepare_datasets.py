@@ -11,11 +11,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import rasterio
 from hub_server import running_hub
 from huggingface_hub import DatasetCard
 from PIL import Image
 
-from prepare_datasets import BadRowsError, load_retrieval_dataset, main, published_counts
+from ieft.pictures import read_picture
+from prepare_datasets import BadRowsError, load_lazily, load_retrieval_dataset, main, published_counts
+from processing_ieft import to_rgb
 
 ROOT = Path(__file__).parent.parent
 
@@ -133,6 +136,11 @@ def break_empty(folder, entries):
     (folder / "images" / "train_0.jpg").write_bytes(b"")
 
 
+def break_bomb(folder, entries):
+    Image.new("1", (13_500, 13_500)).save(folder / "images" / "bomb.png")  # 182 million pixels in some kilobytes
+    (folder / "images" / "bomb.png").rename(folder / "images" / "train_0.jpg")
+
+
 def break_no_captions(folder, entries):
     entries[0]["sentences"] = []
 
@@ -148,6 +156,7 @@ def break_twice(folder, entries):
         (break_truncated, "train_0.jpg: unreadable image: .*[Tt]runcated", 29),
         (break_not_an_image, "train_0.jpg: unreadable image: cannot identify", 29),
         (break_empty, "train_0.jpg: unreadable image", 29),
+        (break_bomb, "train_0.jpg: unreadable image: .*decompression bomb.*cut the image into tiles", 29),
         (break_no_captions, "train_0.jpg: no captions", 29),
         (break_twice, "train_0.jpg: named before", 30),
     ],
@@ -197,6 +206,53 @@ def test_a_folder_without_annotations_names_what_was_expected(tmp_path):
         load_retrieval_dataset(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="stop, skip"):
         load_retrieval_dataset("scenes", on_bad_rows="ignore")
+
+
+# Images as remote sensing has them -----------------------------------------------------------------------------------
+
+
+def write_scenes(folder, bands, depth):
+    """As `write_folder`, with TIFF images of several bands."""
+    entries = write_folder(folder, suffix=".tif", count=2)
+    for number, entry in enumerate(entries):
+        pixels = np.random.default_rng(number).integers(200, 3000, (bands, 20, 24)).astype(depth)
+        shape = {"count": bands, "width": 24, "height": 20, "dtype": depth}
+        with rasterio.open(folder / "images" / entry["filename"], "w", driver="GTiff", **shape) as scene:
+            scene.write(pixels)
+    return folder
+
+
+@pytest.mark.parametrize("bands, depth", [(13, "uint16"), (4, "float32"), (3, "uint16"), (1, "int16")])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_scenes_of_every_kind_come_out_as_they_are_read(tmp_path, bands, depth, streaming):
+    folder = write_scenes(tmp_path / "data", bands, depth)
+    chosen = "3,2,1" if bands > 3 else None
+    splits = load_retrieval_dataset(str(folder), bands=chosen, streaming=streaming)
+    lazy, _ = load_lazily(str(folder), bands=chosen)
+    for name, split in splits.items():
+        for row, same in zip(split, lazy[name], strict=True):
+            expected = read_picture(folder / "images" / row["filename"], bands=(3, 2, 1) if chosen else None)
+            for image in (row["image"], same["image"]):
+                assert np.array_equal(np.asarray(to_rgb(image)), np.asarray(expected))
+            assert np.asarray(expected).mean() > 90 and row["captions"] == same["captions"]
+
+
+def test_bands_that_were_not_chosen_are_asked_for_before_anything(tmp_path, capsys):
+    folder = write_scenes(tmp_path / "data", 13, "uint16")
+    command = [str(folder), "--output_dir", str(tmp_path / "out")]
+    assert main(command) == 1
+    printed = capsys.readouterr().err
+    assert "train_0.tif: unreadable image: it has 13 bands: choose three, such as --bands 3,2,1" in printed
+    assert "6 x unreadable image: choose bands that there are with --bands" in printed
+    assert main([*command, "--bands", "red"]) == 1 and "one number or three" in capsys.readouterr().err
+    assert main([*command, "--bands", "4,3,2"]) == 0
+    first = datasets.load_dataset(str(tmp_path / "out"))["train"][0]["image"]
+    assert np.array_equal(
+        np.asarray(first), np.asarray(read_picture(folder / "images" / "train_0.tif", bands=(4, 3, 2)))
+    )
+    assert main([*command, "--bands", "1,2,3"]) == 0 and "out written" in capsys.readouterr().out  # not the old ones
+    other = load_retrieval_dataset(str(tmp_path / "out"))["train"][0]["image"]  # `load_dataset` may keep the old ones
+    assert not np.array_equal(np.asarray(first), np.asarray(other))
 
 
 # The command -------------------------------------------------------------------------------------------------------
@@ -253,7 +309,7 @@ def test_checked_images_are_not_decoded_again_until_one_changes(tmp_path, monkey
     write_folder(tmp_path / "data")
     load_retrieval_dataset(str(tmp_path / "data"))
     decoded = []
-    monkeypatch.setattr("prepare_datasets.image_fault", decoded.append)
+    monkeypatch.setattr("prepare_datasets.image_fault", lambda image, bands: decoded.append(image))
     load_retrieval_dataset(str(tmp_path / "data"))
     assert decoded == []
     (tmp_path / "data" / "images" / "test_0.jpg").write_bytes(b"")

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import rasterio
 from hub_server import running_hub
 from PIL import Image
 
@@ -137,6 +139,50 @@ def test_other_datasets_are_ranked_without_the_images_trained_on(trained, tmp_pa
     assert (
         read(tmp_path / "out", "bad_rows.json") == [] and read(tmp_path / "out", "test_results.json")["bad_rows"] == 0
     )
+
+
+def write_fields(folder, *, deep=False):
+    """Sixteen images a split: of 8 bits, or the same of 16 bits, which have to be stretched."""
+    folder.mkdir()
+    records = []
+    for split in ("train", "validation", "test"):
+        for number in range(16):
+            pixels = np.random.default_rng([len(split), number]).integers(0, 256, (3, 30, 30), dtype=np.uint8)
+            name, options = f"{split}_{number}.tif", {"photometric": "rgb", "dtype": "uint16" if deep else "uint8"}
+            with rasterio.open(folder / name, "w", driver="GTiff", width=30, height=30, count=3, **options) as scene:
+                scene.write(pixels.astype(options["dtype"]) + 100 * deep)
+            captions = [f"a field of number {number} in {split} ."]
+            records.append({"image": name, "captions": captions, "split": split})
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return folder / "rows.jsonl"
+
+
+def test_a_streaming_run_copies_no_image_and_gives_the_same_recalls(tmp_path, monkeypatch):
+    path = str(write_fields(tmp_path / "deep", deep=True))
+    arguments = ["--use_cpu", "--disable_tqdm", "true", "--dataset_name", path, "--network", "tiny",
+                 "--max_steps", "3", "--eval_steps", "3", "--save_steps", "3", "--num_negatives", "4",
+                 "--protocol", "published", "--per_device_train_batch_size", "4"]  # fmt: skip
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    streamed = run_retrieval.main([*arguments, "--streaming", "--output_dir", str(tmp_path / "streamed")])
+    assert {each.suffix for each in cache.rglob("*") if each.is_file()} == {".json"}  # what the check of images found
+    prepared = run_retrieval.main([*arguments, "--output_dir", str(tmp_path / "prepared")])
+    assert streamed == prepared and streamed["num_images"] == 16
+    assert [each for each in cache.rglob("*.arrow")]
+    with pytest.raises(ValueError, match="someone/fields on the Hub streams in one"):
+        run_retrieval.main([*arguments, "--streaming", "--dataset_name", "someone/fields"])
+
+
+def test_any_split_can_be_ranked_as_another_dataset(trained, tmp_path):
+    path = str(write_fields(tmp_path / "data"))
+    out, wishes = str(tmp_path / "out"), [f"{path}:validation", path, "scenes:validation"]
+    arguments = [*SMALL, "--do_predict", "--model_name_or_path", str(trained[0]), "--output_dir", out]
+    results = run_retrieval.main([*arguments, "--eval_datasets", *wishes])["eval_datasets"]
+    assert [(each["num_images"], each["split"], each["removed_overlap"]) for each in map(results.get, wishes)] == [
+        (16, "validation", 0), (16, "test", 0), (100, "validation", 0),
+    ]  # fmt: skip
+    assert run_retrieval.parse_wish("rsicd=C:/RSICD:train") == ("rsicd=C:/RSICD", "train")
+    assert run_retrieval.parse_wish("rsicd=C:/RSICD") == ("rsicd=C:/RSICD", "test")
 
 
 def test_bad_rows_stop_a_run_before_training_and_are_listed(tmp_path):
