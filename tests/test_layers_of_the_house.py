@@ -18,6 +18,7 @@ LAYERS = {
     "ieft.prepacked": 0,
     "ieft.ranking": 1,
     "ieft.batches": 2,
+    "ieft.explain": 2,
     "ieft.index": 2,
     "ieft.report": 2,
     "ieft.trainer": 2,
