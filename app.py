@@ -439,6 +439,7 @@ def launch(page, *, requests_per_minute):
         ssr_mode=False,
         pwa=False,
         enable_monitoring=False,
+        run_history=False,
         app_kwargs={"middleware": [Middleware(Gate, requests_per_minute=requests_per_minute)]},
     )
 
