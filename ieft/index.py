@@ -1,16 +1,19 @@
 """An archive's images by their embeddings: shortlist from a vector store, re-rank with the network.
 
-In: an IEFT checkpoint with contrastive heads, its processor, image files; then captions or images as queries. Out: a
-LanceDB table, and hits as dicts. It knows nothing of terminals, pages or training.
+In: an IEFT checkpoint with contrastive heads, its processor, image files, sentences; then captions or images as
+queries. Out: LanceDB tables, and hits as dicts. It knows nothing of terminals, pages or training.
 
-The table's address goes to LanceDB as it is: a folder, or object storage such as `s3://bucket/prefix`. A batch of
-images is one transaction, and a file that is there with the same content is not embedded again: an addition that was
-killed is run again and goes on. Two-stage retrieval: Miech et al., "Thinking Fast and Slow: Efficient Text-to-Visual
-Retrieval with Transformers", CVPR 2021.
+The tables' address goes to LanceDB as it is: a folder, or object storage such as `s3://bucket/prefix`. An image is a
+row, a large scene one row for each of its tiles. A batch is one transaction, and what is there with the same content
+is not embedded again: an addition that was killed is run again and goes on. Two-stage retrieval: Miech et al.,
+"Thinking Fast and Slow: Efficient Text-to-Visual Retrieval with Transformers", CVPR 2021.
 """
 
 import hashlib
+import time
+from contextlib import contextmanager
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
 
 import lancedb
@@ -22,25 +25,42 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from ieft.ranking import fingerprint, score_pairs
+from ieft.tiles import Scene, Window, cut_windows
 from processing_ieft import to_rgb
 
-TABLE = "images"
-CHECKPOINT = b"ieft_checkpoint"  # in the table's schema: the fingerprint of the checkpoint that made it
+IMAGES, CAPTIONS = "images", "captions"  # the tables
+CHECKPOINT = b"ieft_checkpoint"  # in the tables' schema: the fingerprint of the checkpoint that made them
 GEOTIFF_SUFFIXES = (".tif", ".tiff")
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp", *GEOTIFF_SUFFIXES)
-IMAGES_AT_ONCE = 64
+ROWS_AT_ONCE = 64
 FEWEST_FOR_VECTOR_INDEX = 50_000  # below, every vector is compared, in milliseconds and exactly
 PARTITION_ROWS = 1024
 PROBES, REFINE = 80, 10  # partitions looked into; candidates re-scored by their full vectors, per hit
+# `width` and `height` are the file's; `col`, `row`, `tile_width`, `tile_height` the window of it that the row stands
+# for; `tiling` says how it was cut, empty where the row is the whole image; `limits` are those of `ieft.tiles.Scene`.
 METADATA = {
     "file": pa.string(), "content": pa.string(), "bytes": pa.int64(), "time": pa.timestamp("ms", "UTC"),
-    "width": pa.int32(), "height": pa.int32(), "west": pa.float64(), "south": pa.float64(), "east": pa.float64(),
-    "north": pa.float64(), "crs": pa.string(),
+    "width": pa.int32(), "height": pa.int32(), "col": pa.int32(), "row": pa.int32(), "tile_width": pa.int32(),
+    "tile_height": pa.int32(), "tiling": pa.string(), "limits": pa.list_(pa.float64()), "west": pa.float64(),
+    "south": pa.float64(), "east": pa.float64(), "north": pa.float64(), "crs": pa.string(),
 }  # fmt: skip
+KEY = ["file", "col", "row"]
+
+
+class Hits(list):
+    """Hits as dicts, best first.
+
+    Attributes:
+        seconds: what each stage took: "embed", "shortlist", and "re-rank" where there was one.
+    """
+
+    def __init__(self, hits=(), seconds=None):
+        super().__init__(hits)
+        self.seconds = {} if seconds is None else seconds
 
 
 class ImageIndex:
-    """The images of an archive, one row each, that captions and images are looked up in."""
+    """The images of an archive, and captions if there are any, that captions and images are looked up in."""
 
     def __init__(self, uri, model, *, processor, create=False, storage_options=None):
         """Open the index at `uri`, or with `create` begin one where there is none.
@@ -62,11 +82,11 @@ class ImageIndex:
         self.checkpoint = fingerprint_checkpoint(model, processor)
         database = lancedb.connect(str(uri), storage_options=storage_options)
         if create:
-            self.table = database.create_table(TABLE, schema=self._schema(), exist_ok=True)
-        elif TABLE in database.list_tables().tables:
-            self.table = database.open_table(TABLE)
-        else:
+            database.create_table(IMAGES, schema=self._schema(METADATA), exist_ok=True)
+            database.create_table(CAPTIONS, schema=self._schema({"caption": pa.string()}), exist_ok=True)
+        elif not {IMAGES, CAPTIONS} <= set(database.list_tables().tables):
             raise FileNotFoundError(f"No index at {uri}: make one with ieft-search index ARCHIVE --index {uri}.")
+        self.table, self.captions = database.open_table(IMAGES), database.open_table(CAPTIONS)
         made_by = (self.table.schema.metadata or {}).get(CHECKPOINT, b"").decode()
         if made_by != self.checkpoint:
             raise ValueError(
@@ -74,64 +94,108 @@ class ImageIndex:
                 "Their embeddings cannot be compared: take that checkpoint, or make another index."
             )
 
-    def _schema(self):
+    def _schema(self, columns):
         vector = pa.field("vector", pa.list_(pa.float32(), self.model.config.contrastive_dim))
-        fields = [pa.field(name, kind) for name, kind in METADATA.items()]
+        fields = [pa.field(name, kind) for name, kind in columns.items()]
         return pa.schema([*fields, vector], metadata={CHECKPOINT: self.checkpoint.encode()})
 
     def __len__(self):
         return self.table.count_rows()
 
-    def add(self, files, *, batch_size=IMAGES_AT_ONCE):
-        """Embed images and keep them, a batch at a time; a file whose content changed takes its old row's place.
+    def add(self, files, *, tile=None, overlap=0.25, batch_size=ROWS_AT_ONCE):
+        """Embed images and keep them, a batch at a time; what changed takes its old rows' place.
+
+        Args:
+            tile: side of the tiles that larger images are cut into, in pixels; None keeps each image whole.
+            overlap: the part of a tile that its neighbour shows too.
 
         Returns:
-            dict: `added` and `unchanged`, how many; `unreadable`, a dict of file -> why.
+            dict: `added` and `unchanged`, how many rows, images or tiles; `unreadable`, a dict of file -> why. Of a
+            scene that breaks off, the tiles before are kept.
         """
+        if tile is not None:
+            cut_windows(1, 1, tile=tile, overlap=overlap)  # says what is wrong before any work
         files = list(dict.fromkeys(str(Path(file).resolve()) for file in files))
         report = {"added": 0, "unchanged": 0, "unreadable": {}}
-        for first in range(0, len(files), batch_size):
-            self._add_batch(files[first : first + batch_size], report)
+        files_at_once = batch_size if tile is None else 1
+        for first in range(0, len(files), files_at_once):
+            stale = []
+            rows = self._read_missing(files[first : first + files_at_once], tile, overlap, report, stale)
+            while batch := list(islice(rows, batch_size)):
+                self._write(batch)
+                report["added"] += len(batch)
+            if stale:  # after what takes its place, so that a kill loses nothing
+                self.table.delete(" OR ".join(stale))
         return report
 
-    def _add_batch(self, files, report):
-        known = {row["file"]: row["content"] for row in self.rows(_any_of(files), columns=["file", "content"])}
-        rows, pictures = [], []
+    def _read_missing(self, files, tile, overlap, report, stale):
+        """Rows without vectors, with their pictures as the network sees them; `stale` gets what is to go, as SQL."""
+        known = {file: set() for file in files}
+        for row in self.rows(_any_of(files), columns=["content", "tiling", *KEY]):
+            known[row["file"]].add((row["content"], row["tiling"], (row["col"], row["row"])))
         for file in files:
             try:
-                content = _digest(file)
-                if known.get(file) == content:
-                    report["unchanged"] += 1
-                    continue
-                picture = read_picture(file)
-                rows.append({"content": content, **_describe(file, picture)})
-                pictures.append(np.asarray(self.processor.image_processor.fit_square(picture)))
+                content, windows = _digest(file), plan_tiles(file, tile, overlap)
+                tiling = f"{tile} pixels, overlap {overlap}" if windows else ""
+                there = {place for *made_of, place in known[file] if made_of == [content, tiling]}
+                report["unchanged"] += len(there)
+                missing = [window for window in windows if window[:2] not in there]
+                pictures = read_tiles(file, missing) if windows else [] if there else [read_whole(file)]
+                for row, picture in pictures:
+                    square = self.processor.image_processor.fit_square(picture)
+                    yield row | {"content": content, "tiling": tiling}, square
+                if len(known[file]) > len(there):
+                    stale.append(f"({_any_of([file])} AND (content != '{content}' OR tiling != '{tiling}'))")
             except (OSError, ValueError, Image.DecompressionBombError) as error:
                 report["unreadable"][file] = str(error)
-        if rows:
-            vectors = self.embed_images([Image.fromarray(square) for square in pictures])
-            rows = [row | {"vector": vector} for row, vector in zip(rows, vectors, strict=True)]
-            table = pa.Table.from_pylist(rows, schema=self.table.schema)
-            merge = self.table.merge_insert("file").when_matched_update_all().when_not_matched_insert_all()
-            merge.execute(table)  # one transaction
-            report["added"] += len(rows)
+
+    def _write(self, batch):
+        vectors = self.embed_images([square for _, square in batch])
+        rows = [row | {"vector": vector} for (row, _), vector in zip(batch, vectors, strict=True)]
+        merge = self.table.merge_insert(KEY).when_matched_update_all().when_not_matched_insert_all()
+        merge.execute(pa.Table.from_pylist(rows, schema=self.table.schema))  # one transaction
+
+    def add_captions(self, captions, *, batch_size=ROWS_AT_ONCE):
+        """Embed sentences and keep them, for images to be looked up in; blank ones are passed over.
+
+        Returns:
+            dict: `added` and `unchanged`, how many.
+        """
+        captions = list(dict.fromkeys(caption.strip() for caption in captions if caption.strip()))
+        added = 0
+        for first in range(0, len(captions), batch_size):
+            batch = captions[first : first + batch_size]
+            known = self.captions.search().where(_any_of(batch, "caption")).select(["caption"]).to_list()
+            new = sorted(set(batch) - {row["caption"] for row in known}, key=batch.index)
+            if new:
+                rows = [{"caption": c, "vector": v} for c, v in zip(new, self.embed_captions(new), strict=True)]
+                merge = self.captions.merge_insert("caption").when_not_matched_insert_all()
+                merge.execute(pa.Table.from_pylist(rows, schema=self.captions.schema))
+                added += len(new)
+        return {"added": added, "unchanged": len(captions) - added}
 
     def optimize(self):
-        """Gather what small additions left scattered; from 50,000 images on, keep a vector index up to date."""
-        if len(self) >= FEWEST_FOR_VECTOR_INDEX and not self.table.list_indices():
-            width = self.model.config.contrastive_dim
-            config = IvfPq(
-                distance_type="dot",
-                num_partitions=len(self) // PARTITION_ROWS,
-                num_sub_vectors=width // 8 if width % 8 == 0 else 1,
-            )
-            self.table.create_index("vector", config=config)
-        self.table.optimize()
+        """Gather what small additions left scattered; from 50,000 rows on, keep a vector index up to date."""
+        width = self.model.config.contrastive_dim
+        for table in (self.table, self.captions):
+            if table.count_rows() >= FEWEST_FOR_VECTOR_INDEX and not table.list_indices():
+                config = IvfPq(
+                    distance_type="dot",
+                    num_partitions=table.count_rows() // PARTITION_ROWS,
+                    num_sub_vectors=width // 8 if width % 8 == 0 else 1,
+                )
+                table.create_index("vector", config=config)
+            table.optimize()
 
     def delete(self, files):
-        """Take files out of the index; the files themselves stay. Gives how many were there."""
+        """Take files out of the index, with all their tiles; the files themselves stay. Gives how many rows went."""
         files = [str(Path(file).resolve()) for file in files]
         return self.table.delete(_any_of(files)).num_deleted_rows if files else 0
+
+    def delete_captions(self, captions):
+        """Take sentences out of the index. Gives how many were there."""
+        captions = [caption.strip() for caption in captions]
+        return self.captions.delete(_any_of(captions, "caption")).num_deleted_rows if captions else 0
 
     def rows(self, where=None, *, columns=tuple(METADATA)):
         """What is known of the images that `where`, an SQL expression over the columns, holds for; all without one."""
@@ -145,15 +209,23 @@ class ImageIndex:
         return self.model.get_image_features(pixels).float().cpu().numpy()
 
     @torch.no_grad()
+    def embed_captions(self, captions):
+        """Sentences -> unit vectors (C, E)."""
+        tokens = self.processor(text=captions).to(self.model.device)
+        return self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).float().cpu().numpy()
+
     def embed_caption(self, caption):
-        """A sentence -> a unit vector (E,)."""
+        """A sentence -> a unit vector (E,).
+
+        Raises:
+            ValueError: for an empty one.
+        """
         if not caption.strip():
             raise ValueError("A caption to look for expected; got an empty one.")
-        tokens = self.processor(text=[caption]).to(self.model.device)
-        return self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"])[0].float().cpu().numpy()
+        return self.embed_captions([caption])[0]
 
     def shortlist(self, vector, top_k=32, *, where=None):
-        """The `top_k` nearest images, best first.
+        """The `top_k` nearest images or tiles, best first.
 
         Args:
             vector: (E,) of a caption or an image.
@@ -162,54 +234,134 @@ class ImageIndex:
         Returns:
             list: the columns but the vector, and `similarity`, in [-1, 1].
         """
-        if top_k < 1:
-            raise ValueError(f"top_k must be 1 or more; got {top_k}.")
-        query = self.table.search(np.asarray(vector, dtype=np.float32), vector_column_name="vector")
-        query = query.distance_type("dot").nprobes(PROBES).refine_factor(REFINE)
-        query = query.select([*METADATA, "_distance"]).limit(top_k)
-        hits = (query.where(where, prefilter=True) if where else query).to_list()
-        return [hit | {"similarity": 1 - hit.pop("_distance")} for hit in hits]
+        return _nearest(self.table, vector, top_k, list(METADATA), where)
 
-    def search(self, caption, *, top_k=10, rerank_top_k=32, where=None):
+    def search(self, caption, *, top_k=10, rerank_top_k=32, where=None, similarity_weight=0.0):
         """Images for a sentence: a shortlist by embedding, its first `rerank_top_k` re-ranked by the network.
 
+        Args:
+            similarity_weight: how much of the embeddings' similarity is added to the network's score.
+
         Returns:
-            list: as `shortlist`, with `rank` from 1, `stage`, "re-ranked" or "shortlist", and `score`, the network's
-            for re-ranked ones and the similarity for others, which always follow them.
+            Hits: as `shortlist`, with `rank` from 1, `stage`, "re-ranked" or "shortlist", and `score`, the network's
+            for re-ranked ones and the similarity for others, which always follow them. Of tiles that overlap, only
+            the best is there: see `merge_overlaps`.
 
         Raises:
+            ValueError: for an empty caption, or `top_k` below 1.
             FileNotFoundError: for a file of the shortlist that is no longer there.
         """
-        hits = self.shortlist(self.embed_caption(caption), max(top_k, rerank_top_k), where=where)
-        first, rest = hits[:rerank_top_k], hits[rerank_top_k:]
-        for hit, score in zip(first, self._score(caption, first), strict=True):
-            hit.update(score=float(score), stage="re-ranked")
-        first.sort(key=lambda hit: -hit["score"])
-        return _ranked([*first, *rest])[:top_k]
+        seconds = {}
+        with _clock(seconds, "embed"):
+            vector = self.embed_caption(caption)
+        with _clock(seconds, "shortlist"):
+            nearest = self.shortlist(vector, max(top_k, rerank_top_k), where=where)
+        with _clock(seconds, "re-rank"):
+            best = self._rerank(self._score_images(caption, nearest[:rerank_top_k]), nearest, similarity_weight)
+        return self._merged(best, vector, top_k, where, seconds)
 
     def search_image(self, image, *, top_k=10, where=None):
         """Images like a PIL image, by embedding alone: as `search`."""
-        return _ranked(self.shortlist(self.embed_images([image])[0], top_k, where=where))
+        seconds = {}
+        with _clock(seconds, "embed"):
+            vector = self.embed_images([image])[0]
+        with _clock(seconds, "shortlist"):
+            nearest = self.shortlist(vector, top_k, where=where)
+        return self._merged(nearest, vector, top_k, where, seconds)
 
-    def _score(self, caption, hits):
+    def search_captions(self, image, *, top_k=10, rerank_top_k=32, similarity_weight=0.0):
+        """Captions of the index for a PIL image, in the two stages of `search`.
+
+        Returns:
+            Hits: `caption`, `similarity`, `score`, `stage`, `rank`; none where the index holds no captions.
+        """
+        seconds = {}
+        with _clock(seconds, "embed"):
+            vector = self.embed_images([image])[0]
+        with _clock(seconds, "shortlist"):
+            nearest = _nearest(self.captions, vector, max(top_k, rerank_top_k), ["caption"])
+        with _clock(seconds, "re-rank"):
+            first = [hit["caption"] for hit in nearest[:rerank_top_k]]
+            tokens = self.processor.tokenizer(first, truncation=True, max_length=self.processor.max_caption_tokens)
+            scores = []
+            if first:
+                pixels = [self.processor(images=[image])["pixel_values"][0]]
+                pairs = [(0, column) for column in range(len(first))]
+                scores = score_pairs(self.model, pixels, tokens["input_ids"], pairs, progress=False)
+            best = self._rerank(scores, nearest, similarity_weight)
+        return Hits(_ranked(best)[:top_k], seconds)
+
+    def _score_images(self, caption, hits):
         tokens = self.processor(text=[caption])["input_ids"].tolist()
         pairs = [(row, 0) for row in range(len(hits))]
-        images = FileImages([hit["file"] for hit in hits], self.processor)
-        return score_pairs(self.model, images, tokens, pairs, progress=False)
+        return score_pairs(self.model, HitImages(hits, self.processor), tokens, pairs, progress=False)
+
+    @staticmethod
+    def _rerank(scores, nearest, similarity_weight):
+        """The hits that have scores, best first, then the others as they stood."""
+        first, rest = nearest[: len(scores)], nearest[len(scores) :]
+        for hit, score in zip(first, scores, strict=True):
+            hit.update(score=float(score) + similarity_weight * hit["similarity"], stage="re-ranked")
+        return [*sorted(first, key=lambda hit: -hit["score"]), *rest]
+
+    def _merged(self, best, vector, top_k, where, seconds):
+        """`top_k` hits of different places; where merging leaves fewer, the shortlist is asked for more."""
+        found, asked = merge_overlaps(best), len(best)
+        while len(found) < top_k <= asked:
+            with _clock(seconds, "shortlist"):
+                more = self.shortlist(vector, 2 * asked, where=where)
+            seen = {_place(hit) for hit in best}
+            best = [*best, *(hit for hit in more if _place(hit) not in seen)]
+            found = merge_overlaps(best)
+            if len(more) < 2 * asked:
+                break
+            asked *= 2
+        return Hits(_ranked(found)[:top_k], seconds)
 
 
-class FileImages(Dataset):
-    """Image files by row as the network reads them: (3, image_size, image_size) in [-1, 1]."""
+class HitImages(Dataset):
+    """The pictures of hits by row as the network reads them: (3, image_size, image_size) in [-1, 1]."""
 
-    def __init__(self, files, processor):
-        self.files, self.image_processor = files, processor.image_processor
+    def __init__(self, hits, processor):
+        self.hits, self.image_processor = hits, processor.image_processor
 
     def __len__(self):
-        return len(self.files)
+        return len(self.hits)
 
     def __getitem__(self, row):
-        square = self.image_processor.fit_square(read_picture(self.files[row]))
+        square = self.image_processor.fit_square(read_hit(self.hits[row]))
         return torch.from_numpy(self.image_processor.scale_pixels(np.asarray(square)))
+
+
+def merge_overlaps(hits):
+    """Of tiles of one scene that overlap at all, the best alone: greedy non-maximum suppression.
+
+    Args:
+        hits: best first.
+
+    Returns:
+        list: those that stay, each with `merged`, how many hits it stands for, itself included.
+    """
+    kept = []
+    for hit in hits:
+        better = next((other for other in kept if _overlap(other, hit)), None)
+        if better is None:
+            kept.append(hit | {"merged": 1})
+        else:
+            better["merged"] += 1
+    return kept
+
+
+def read_hit(hit):
+    """What a hit shows, PIL RGB: the whole image, or its tile, read by its window.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_picture`.
+    """
+    if not hit["tiling"] or not Path(hit["file"]).exists():
+        return read_picture(hit["file"])
+    with Scene(hit["file"], hit["limits"]) as scene:
+        return scene.read(Window(hit["col"], hit["row"], hit["tile_width"], hit["tile_height"]))
 
 
 def fingerprint_checkpoint(model, processor):
@@ -249,34 +401,86 @@ def read_picture(file):
         raise ValueError(f"{file} cannot be read as an image: {error}") from error
 
 
-def _describe(file, picture):
+def plan_tiles(file, tile, overlap):
+    """The windows of an image that is to be cut; none where it stays whole."""
+    if tile is None:
+        return []
+    with Scene(file) as scene:
+        windows = cut_windows(scene.width, scene.height, tile=tile, overlap=overlap)
+    return windows if len(windows) > 1 else []
+
+
+def read_whole(file):
+    """A row of the index for an image, and the image."""
+    picture = read_picture(file)
+    row = _describe_file(file, picture.width, picture.height, Window(0, 0, *picture.size))
+    if file.lower().endswith(GEOTIFF_SUFFIXES):
+        with Scene(file) as scene:
+            row |= scene.bounds(Window(0, 0, scene.width, scene.height))
+    return row, picture
+
+
+def read_tiles(file, windows):
+    """A row of the index and the picture for each of some windows, read one at a time."""
+    if windows:
+        with Scene(file) as scene:
+            for window in windows:
+                row = _describe_file(file, scene.width, scene.height, window)
+                yield row | scene.bounds(window) | {"limits": scene.limits}, scene.read(window)
+
+
+def _describe_file(file, width, height, window):
     state = Path(file).stat()
-    time = datetime.fromtimestamp(state.st_mtime, timezone.utc)
-    row = {"file": file, "bytes": state.st_size, "time": time, "width": picture.width, "height": picture.height}
-    return row | (_read_bounds(file) if file.lower().endswith(GEOTIFF_SUFFIXES) else {})
-
-
-def _read_bounds(file):
-    """Bounds in the image's own coordinates, and their reference system; nothing for a TIFF without any."""
-    import rasterio  # the extra `geo`
-
-    with rasterio.open(file) as scene:
-        if scene.crs is None:
-            return {}
-        west, south, east, north = scene.bounds
-        return {"west": west, "south": south, "east": east, "north": north, "crs": scene.crs.to_string()}
+    changed = datetime.fromtimestamp(state.st_mtime, timezone.utc)
+    return {
+        "file": file, "bytes": state.st_size, "time": changed, "width": width, "height": height, "col": window.col,
+        "row": window.row, "tile_width": window.width, "tile_height": window.height,
+    }  # fmt: skip
 
 
 def _digest(file):
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def _any_of(files):
-    quoted = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
-    return f"file IN ({quoted})"
+def _any_of(values, column="file"):
+    quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in values)
+    return f"{column} IN ({quoted})"
+
+
+def _nearest(table, vector, top_k, columns, where=None):
+    if top_k < 1:
+        raise ValueError(f"top_k must be 1 or more; got {top_k}.")
+    query = table.search(np.asarray(vector, dtype=np.float32), vector_column_name="vector")
+    query = query.distance_type("dot").nprobes(PROBES).refine_factor(REFINE)
+    query = query.select([*columns, "_distance"]).limit(top_k)
+    hits = (query.where(where, prefilter=True) if where else query).to_list()
+    return [hit | {"similarity": 1 - hit.pop("_distance")} for hit in hits]
+
+
+def _place(hit):
+    return tuple(hit[name] for name in KEY)
+
+
+def _overlap(hit, other):
+    """Whether two hits show pixels in common."""
+    return hit["file"] == other["file"] and all(
+        hit[start] < other[start] + other[size] and other[start] < hit[start] + hit[size]
+        for start, size in (("col", "tile_width"), ("row", "tile_height"))
+    )
 
 
 def _ranked(hits):
     return [
         {"stage": "shortlist", "score": hit["similarity"], **hit, "rank": rank} for rank, hit in enumerate(hits, 1)
     ]
+
+
+@contextmanager
+def _clock(seconds, stage):
+    start = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -1,6 +1,7 @@
 """Index an archive and look images up in it: the command `ieft-search`.
 
     ieft-search index ARCHIVE --model outputs/demo --index archive.lance
+    ieft-search index SCENE.tif --tile 256 --overlap 0.25 --model outputs/demo --index archive.lance
     ieft-search query "two white storage tanks beside a river" --model outputs/demo --index archive.lance
     ieft-search query --image photo.png --model outputs/demo --index archive.lance
 
@@ -17,7 +18,8 @@ from PIL import Image, ImageDraw, ImageOps
 from transformers.utils import logging
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor
-from ieft.index import ImageIndex, find_images, read_picture
+from ieft.explain import draw_heat_map, explain_pair
+from ieft.index import ImageIndex, find_images, read_hit, read_picture
 
 SHEET_COLUMNS, THUMB, GAP, LABEL = 5, 192, 12, 20
 
@@ -27,7 +29,7 @@ def main(arguments=None):
     logging.disable_progress_bar()  # of loading weights
     try:
         return args.command(args)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"ieft-search: {error}")
 
 
@@ -35,7 +37,10 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="index | query | info | export | delete")
     index = _add_command(commands, "index", index_archive, "add the images of an archive")
-    index.add_argument("archive", help="a folder, searched to the bottom, or one image")
+    index.add_argument("archive", nargs="?", help="a folder, searched to the bottom, or one image")
+    index.add_argument("--tile", type=int, help="cut larger images into tiles of this side, in pixels")
+    index.add_argument("--overlap", type=float, default=0.25, help="the part of a tile that the next one shows too")
+    index.add_argument("--captions", help="a text file, one sentence a line, for `query --image` to look up")
     query = _add_command(commands, "query", query_index, "find images for a sentence, or like an image")
     query.add_argument("caption", nargs="?", help="a sentence")
     query.add_argument("--image", help="an image file, instead of a sentence")
@@ -44,12 +49,17 @@ def build_parser():
     query.add_argument(
         "--where", help="SQL over the columns that `info` names: \"width >= 256 AND file LIKE '%%port%%'\""
     )
+    query.add_argument(
+        "--similarity_weight", type=float, default=0.0, help="of the embeddings' similarity in the score"
+    )
+    query.add_argument("--explain", help="a folder for heat maps of why each hit was found")
     query.add_argument("--json", action="store_true", help="JSON instead of the table")
     query.add_argument("--sheet", help="a PNG file to draw the hits in")
     query.add_argument("--geojson", help="a file for the hits' outlines")
     _add_command(commands, "info", show_info, "what the index holds")
     export = _add_command(commands, "export", export_index, "the images' metadata as JSON lines")
     export.add_argument("--where", help="as for `query`")
+    export.add_argument("--geojson", action="store_true", help="their outlines instead, as one FeatureCollection")
     delete = _add_command(commands, "delete", delete_images, "take images out of the index")
     delete.add_argument("files", nargs="+")
     return parser
@@ -70,11 +80,20 @@ def open_index(args, *, create=False):
 
 
 def index_archive(args):
-    files = find_images(args.archive)
+    if args.archive is None and args.captions is None:
+        raise ValueError("An archive of images, --captions or both expected.")
+    files = find_images(args.archive) if args.archive is not None else []
+    captions = Path(args.captions).read_text(encoding="utf-8").splitlines() if args.captions else []
     index = open_index(args, create=True)
-    report = index.add(files)
+    report = index.add(files, tile=args.tile, overlap=args.overlap)
+    of_captions = index.add_captions(captions)
     index.optimize()
-    print(f"{report['added']:,} added, {report['unchanged']:,} unchanged, {len(index):,} images in {args.index}")
+    if files:
+        kind = "images" if args.tile is None else "tiles"
+        print(f"{report['added']:,} added, {report['unchanged']:,} unchanged, {len(index):,} {kind} in {args.index}")
+    if args.captions:
+        count = index.captions.count_rows()
+        print(f"{of_captions['added']:,} added, {of_captions['unchanged']:,} unchanged, {count:,} captions")
     for file, why in report["unreadable"].items():
         print(f"not indexed: {file}: {why}", file=sys.stderr)
     return 1 if report["unreadable"] else 0
@@ -84,29 +103,63 @@ def query_index(args):
     if (args.caption is None) == (args.image is None):
         raise ValueError("Either a sentence or --image expected.")
     index = open_index(args)
-    if args.image is not None:
-        hits = index.search_image(read_picture(args.image), top_k=args.top_k, where=args.where)
-    else:
-        options = {"top_k": args.top_k, "rerank_top_k": args.rerank_top_k, "where": args.where}
-        hits = index.search(args.caption, **options)
+    found = look_up_image(index, args) if args.image is not None else look_up_caption(index, args)
+    hits = found["images"]
     if args.sheet:
         draw_sheet(hits).save(args.sheet, format="PNG")
     if args.geojson:
         Path(args.geojson).write_text(json.dumps(to_geojson(hits), indent=1, default=str), encoding="utf-8")
-    print(json.dumps(hits, indent=1, default=str) if args.json else hit_table(hits))
+    if args.json:
+        print(json.dumps(found if args.image is not None else hits, indent=1, default=str))
+    else:
+        print("\n\n".join(caption_table(some) if kind == "captions" else hit_table(some)
+                          for kind, some in found.items() if some or kind == "images"))  # fmt: skip
     return 0
+
+
+def look_up_caption(index, args):
+    """The images for a sentence, with --explain why, as {"images": hits}."""
+    options = {"rerank_top_k": args.rerank_top_k, "similarity_weight": args.similarity_weight}
+    hits = index.search(args.caption, top_k=args.top_k, where=args.where, **options)
+    for hit in hits if args.explain else ():
+        save_explanation(index, args.explain, read_hit(hit), args.caption, hit)
+    return {"images": hits}
+
+
+def look_up_image(index, args):
+    """The captions of an image, with --explain why, and the images like it: {"captions": hits, "images": hits}."""
+    image = read_picture(args.image)
+    options = {"rerank_top_k": args.rerank_top_k, "similarity_weight": args.similarity_weight}
+    captions = index.search_captions(image, top_k=args.top_k, **options)
+    for hit in captions if args.explain else ():
+        save_explanation(index, args.explain, image, hit["caption"], hit)
+    return {"captions": captions, "images": index.search_image(image, top_k=args.top_k, where=args.where)}
+
+
+def save_explanation(index, folder, image, caption, hit):
+    """Draw the heat map of a hit into a folder, and add to the hit where it is and what each word contributed."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    found = explain_pair(index.model, index.processor, image, caption)
+    file = Path(folder, f"{hit['rank']:03}.png")
+    draw_heat_map(image, found.heat, fit=index.processor.image_processor.fit).save(file)
+    hit.update(heat_map=str(file), words=found.words)
 
 
 def show_info(args):
     index = open_index(args)
     columns = [name for name in index.table.schema.names if name != "vector"]
-    print(f"{len(index):,} images\ncheckpoint {index.checkpoint[:12]}\ncolumns {', '.join(columns)}")
+    print(f"{len(index):,} images or tiles\n{index.captions.count_rows():,} captions")
+    print(f"checkpoint {index.checkpoint[:12]}\ncolumns {', '.join(columns)}")
     return 0
 
 
 def export_index(args):
-    for row in open_index(args).rows(args.where):
-        print(json.dumps(row, default=str))
+    rows = open_index(args).rows(args.where)
+    if args.geojson:
+        print(json.dumps(to_geojson(rows), indent=1, default=str))
+    else:
+        for row in rows:
+            print(json.dumps(row, default=str))
     return 0
 
 
@@ -119,9 +172,33 @@ def hit_table(hits):
     """Hits as text, one line each; a line that says so where there is none."""
     if not hits:
         return "No image fits."
-    lines = [f"{'rank':>4}{'score':>9}  {'stage':<10} file"]
-    lines += [f"{hit['rank']:>4}{hit['score']:>9.3f}  {hit['stage']:<10} {hit['file']}" for hit in hits]
+    lines = [f"{'rank':>4}{'score':>9}  {'stage':<10} image"]
+    lines += [f"{_start_of_line(hit)} {hit['file']}{_name_window(hit)}{_name_words(hit)}" for hit in hits]
     return "\n".join(lines)
+
+
+def caption_table(hits):
+    """Captions as text, one line each."""
+    lines = [f"{'rank':>4}{'score':>9}  {'stage':<10} caption"]
+    return "\n".join([*lines, *(f"{_start_of_line(hit)} {hit['caption']}{_name_words(hit)}" for hit in hits)])
+
+
+def _start_of_line(hit):
+    return f"{hit['rank']:>4}{hit['score']:>9.3f}  {hit['stage']:<10}"
+
+
+def _name_window(hit):
+    """The pixels of a tile, as GDAL says it: column, row, width, height."""
+    if not hit["tiling"]:
+        return ""
+    others = f", and {hit['merged'] - 1} that overlap" if hit["merged"] > 1 else ""
+    return f"  [{hit['col']} {hit['row']} {hit['tile_width']} {hit['tile_height']}{others}]"
+
+
+def _name_words(hit):
+    """A second line with the words that speak most for a hit, where it was explained."""
+    strongest = sorted(hit.get("words", ()), key=lambda pair: -abs(pair[1]))[:4]
+    return "\n" + " " * 27 + ", ".join(f"{word} {share:+.2f}" for word, share in strongest) if strongest else ""
 
 
 def draw_sheet(hits):
@@ -132,7 +209,7 @@ def draw_sheet(hits):
     pen = ImageDraw.Draw(sheet)
     for place, hit in enumerate(hits):
         left, top = GAP + place % SHEET_COLUMNS * step, GAP + place // SHEET_COLUMNS * (step + LABEL)
-        sheet.paste(ImageOps.fit(read_picture(hit["file"]), (THUMB, THUMB)), (left, top))
+        sheet.paste(ImageOps.fit(read_hit(hit), (THUMB, THUMB)), (left, top))
         pen.text((left, top + THUMB + 4), f"{hit['rank']}.  {hit['score']:.2f}  {hit['stage']}", "black")
     return sheet
 

@@ -17,6 +17,7 @@ LAYERS = {
     "ieft.scenes": 0,
     "ieft.prepacked": 0,
     "ieft.ranking": 1,
+    "ieft.tiles": 1,
     "ieft.batches": 2,
     "ieft.explain": 2,
     "ieft.index": 2,
