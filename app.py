@@ -34,7 +34,7 @@ from transformers.utils import logging
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor, draw_scene
 from ieft.explain import draw_heat_map, explain_pair
-from ieft.index import ImageIndex, find_images, read_picture
+from ieft.index import ImageIndex, find_images, read_hit
 from ieft.search import to_geojson
 from processing_ieft import to_rgb
 
@@ -184,18 +184,19 @@ class SearchPage:
     def _show(self, query, filters, search):
         where, number = self._count(filters)
         with archive_errors():
-            started = time.perf_counter()
             hits = search(where)
-            found = time.perf_counter()
-            thumbnails = [read_thumbnail(hit["file"], THUMB) for hit in hits]
-            drawn = time.perf_counter()
-        times = f"Search {1000 * (found - started):.0f} ms, thumbnails {1000 * (drawn - found):.0f} ms."
+            started = time.perf_counter()
+            thumbnails = [read_hit(hit) for hit in hits]
+        for thumbnail in thumbnails:
+            thumbnail.thumbnail((THUMB, THUMB))
+        seconds = hits.seconds | {"thumbnails": time.perf_counter() - started}
+        times = ", ".join(f"{stage} {1000 * taken:,.0f} ms" for stage, taken in seconds.items())
         shown = [(image, label_hit(hit)) for image, hit in zip(thumbnails, hits, strict=True)]
         return {
             self.query: query if isinstance(query, str) else None,
             self.hits: hits,
             self.answers: gr.Column(visible=True),
-            self.summary: f"**{len(hits)} of {number:,} images.** {times}",
+            self.summary: f"**{len(hits)} of {number:,} images.** Time taken: {times}.",
             self.gallery: gr.Gallery(shown, selected_index=None),
             self.geojson: self._offer_geojson(hits),
             self.detail: gr.Column(visible=False),
@@ -226,7 +227,7 @@ class SearchPage:
             raise told("These results are too old to be explained: search again.")
         hit, words = hits[event.index], []
         with archive_errors():
-            picture = read_picture(hit["file"])
+            picture = read_hit(hit)
         image = ImageOps.contain(picture, (DETAIL, DETAIL))
         if query is not None:
             processor = self.index.processor
@@ -298,13 +299,6 @@ def read_upload(file):
     raise ValueError(f"An image of up to {MOST_PIXELS:,} pixels expected; this one has {size}.")
 
 
-def read_thumbnail(file, side):
-    """An image file as PIL RGB of at most `side` pixels each way."""
-    image = read_picture(file)
-    image.thumbnail((side, side))
-    return image
-
-
 def label_hit(hit):
     return f"{hit['rank']}.  {hit['score']:.2f}  {hit['stage']}"
 
@@ -322,8 +316,10 @@ def describe_words(words):
 
 def describe_hit(hit):
     """What is known of a hit as an HTML table, its file by name alone."""
-    facts = {"file": Path(hit["file"]).name, "pixels": f"{hit['width']} x {hit['height']}", "rank": hit["rank"],
-             hit["stage"]: f"score {hit['score']:.3f}", "similarity": f"{hit['similarity']:.3f}"}  # fmt: skip
+    facts = {"file": Path(hit["file"]).name, "pixels": f"{hit['width']} x {hit['height']}"}
+    if hit["tiling"]:
+        facts["tile"] = f"{hit['tile_width']} x {hit['tile_height']}, from column {hit['col']}, row {hit['row']}"
+    facts |= {"rank": hit["rank"], hit["stage"]: f"score {hit['score']:.3f}", "similarity": f"{hit['similarity']:.3f}"}
     if hit["crs"]:
         facts["bounds"] = ", ".join(f"{side} {hit[side]:.6g}" for side in ("west", "south", "east", "north"))
         facts["in"] = hit["crs"]
