@@ -69,6 +69,8 @@ SCORES = (
 )
 STYLE = """
 .gradio-container { max-width: 1240px !important; }
+#examples { flex-wrap: wrap; gap: 6px; }
+#examples button { flex: 0 1 auto; font-weight: 400; }
 #gallery .grid-wrap { height: auto; max-height: none; padding-top: 2.2rem; }
 #gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); height: auto; }
 #gallery .caption-label { left: 0; right: 0; bottom: 0; max-width: none; border-width: 1px 0 0; border-radius: 0; }
@@ -106,7 +108,8 @@ class SearchPage:
                     elem_id="caption",
                 )
                 self.ask = gr.Button("Search", variant="primary", scale=1, min_width=120, elem_id="ask")
-            self.examples = gr.Examples(list(EXAMPLES), self.caption, label="For example")
+            with gr.Row(elem_id="examples"):
+                self.examples = [gr.Button(example, size="sm", min_width=0) for example in EXAMPLES]
         with gr.Tab("By image"):
             label = f"An image, of up to {LARGEST_UPLOAD // MEGABYTE} MB; images like it are found by embedding alone"
             self.upload = gr.Image(label=label, sources=["upload", "clipboard"], height=240, elem_id="upload")
@@ -147,7 +150,9 @@ class SearchPage:
         by_caption = {"fn": self.search_caption, "inputs": [self.caption, *self.settings], "outputs": shown}
         by_image = {"fn": self.search_image, "inputs": [self.upload, *self.settings], "outputs": [self.upload, *shown]}
         gr.on([self.ask.click, self.caption.submit], **by_caption, **one_at_a_time, api_name="search")
-        self.examples.load_input_event.then(**by_caption, **one_at_a_time, api_visibility="private")
+        for example in self.examples:
+            filled = example.click(outputs=self.caption, js=f"() => {json.dumps(example.value)}")
+            filled.then(**by_caption, **one_at_a_time, api_visibility="private")
         gr.on([self.upload.upload, self.ask_image.click], **by_image, **one_at_a_time, api_name="search_image")
         explained = [self.detail, self.picture, self.reasons]
         self.gallery.select(

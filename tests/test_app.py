@@ -34,8 +34,8 @@ from ieft.index import ImageIndex, find_images, read_picture  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-# Gradio's client closes the stream of an upload's progress twice, and warns of the second time.
-CLOSED_STREAM = "Method not implemented."
+# Gradio's client asks for the progress of an upload that may be over already, and warns where it closes that stream.
+UPLOAD_NOISE = ("/gradio_api/upload_progress?", "Method not implemented.")
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -43,7 +43,7 @@ FLAGS = [
 HOSTILE_NAME = "<img src=x onerror=alert(1)> it's 100%.png"
 REQUESTS_PER_MINUTE = 40
 VISITORS = itertools.count(1)
-PATIENCE = 60  # seconds; a test machine may be busy
+PATIENCE = 120  # seconds; a test machine may be busy
 DEFAULTS = [12, 32, 0, 0, "", False, ""]  # the page's settings
 
 
@@ -85,15 +85,16 @@ def served(tmp_path_factory, checkpoint, archive):  # noqa: F811
     with open(log, "w") as output:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        wait_for(lambda: "Running on" in log.read_text() or process.poll() is not None, 180)
+        wait_for(lambda: "Running on" in log.read_text() or process.poll() is not None, 2 * PATIENCE)
         assert process.poll() is None, log.read_text()
         yield SimpleNamespace(url=f"http://127.0.0.1:{port}", log=log, index=named["IEFT_INDEX"], process=process)
     finally:
         process.terminate()
         process.wait(timeout=30)
-    # Gradio's own words on paths that were not uploaded, as in test_an_upload_must_have_been_uploaded.
+    # Gradio logs how it refuses numbers out of bounds and paths that were not uploaded; no other error is raised.
     traces = re.findall(r"^Traceback.*?^\w\S*", log.read_text(), re.MULTILINE | re.DOTALL)
-    assert [trace for trace in traces if not trace.endswith("gradio.exceptions.InvalidPathError:")] == []
+    refusals = ("gradio.exceptions.Error:", "gradio.exceptions.InvalidPathError:")
+    assert [trace for trace in traces if not trace.endswith(refusals)] == []
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def open_page(served, browser):
         pages.append(context)
 
         def note(kind, text):
-            if not any(part in text for part in (*expected, CLOSED_STREAM)):
+            if not any(part in text for part in (*expected, *UPLOAD_NOISE)):
                 complaints.append(f"{kind}: {text}")
 
         page.on("console", lambda message: note(message.type, f"{message.text} {message.location}"))
@@ -158,7 +159,7 @@ def open_page(served, browser):
     yield open_page
     for context in pages:
         context.close()
-    assert complaints == []
+    assert "\n".join(complaints) == ""
 
 
 def ask(page, caption):
@@ -210,7 +211,7 @@ def test_a_sentence_finds_images_and_a_click_says_why(open_page, index, loaded):
     hits = index.search(CAPTIONS[0], top_k=12)
     assert labels(page) == expected_labels(hits)
     assert re.match(
-        r"12 of 12 images\. Time taken: embed \d+ ms, shortlist \d+ ms, re-rank \d+ ms, thumbnails \d+ ms\.",
+        r"12 of 12 images\. Time taken: embed [\d,]+ ms, shortlist [\d,]+ ms, re-rank [\d,]+ ms, thumbnails [\d,]+ ms\.",
         page.inner_text("#summary"),
     )
     page.locator("#gallery .thumbnail-item").nth(1).click()
