@@ -21,12 +21,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 from lancedb.index import IvfPq
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from ieft.pictures import describe_picture, read_picture
 from ieft.ranking import fingerprint, score_pairs
 from ieft.tiles import Scene, Window, cut_windows
-from processing_ieft import to_rgb
 
 IMAGES, CAPTIONS = "images", "captions"  # the tables
 CHECKPOINT = b"ieft_checkpoint"  # in the tables' schema: the fingerprint of the checkpoint that made them
@@ -146,7 +145,7 @@ class ImageIndex:
                     yield row | {"content": content, "tiling": tiling}, square
                 if len(known[file]) > len(there):
                     stale.append(f"({_any_of([file])} AND (content != '{content}' OR tiling != '{tiling}'))")
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
+            except (OSError, ValueError) as error:
                 report["unreadable"][file] = str(error)
 
     def _write(self, batch):
@@ -256,9 +255,11 @@ class ImageIndex:
             vector = self.embed_caption(caption)
         with _clock(seconds, "shortlist"):
             nearest = self.shortlist(vector, max(top_k, rerank_top_k), where=where)
-        with _clock(seconds, "re-rank"):
-            best = self._rerank(self._score_images(caption, nearest[:rerank_top_k]), nearest, similarity_weight)
-        return self._merged(best, vector, top_k, where, seconds)
+        if rerank_top_k:
+            with _clock(seconds, "re-rank"):
+                scores = self._score_images(caption, nearest[:rerank_top_k])
+                nearest = _rerank(scores, nearest, similarity_weight)
+        return self._merged(nearest, vector, top_k, where, seconds)
 
     def search_image(self, image, *, top_k=10, where=None):
         """Images like a PIL image, by embedding alone: as `search`."""
@@ -280,33 +281,26 @@ class ImageIndex:
             vector = self.embed_images([image])[0]
         with _clock(seconds, "shortlist"):
             nearest = _nearest(self.captions, vector, max(top_k, rerank_top_k), ["caption"])
-        with _clock(seconds, "re-rank"):
-            first = [hit["caption"] for hit in nearest[:rerank_top_k]]
-            tokens = self.processor.tokenizer(first, truncation=True, max_length=self.processor.max_caption_tokens)
-            scores = []
-            if first:
-                pixels = [self.processor(images=[image])["pixel_values"][0]]
-                pairs = [(0, column) for column in range(len(first))]
-                scores = score_pairs(self.model, pixels, tokens["input_ids"], pairs, progress=False)
-            best = self._rerank(scores, nearest, similarity_weight)
-        return Hits(_ranked(best)[:top_k], seconds)
+        if rerank_top_k and nearest:
+            with _clock(seconds, "re-rank"):
+                scores = self._score_captions(image, [hit["caption"] for hit in nearest[:rerank_top_k]])
+                nearest = _rerank(scores, nearest, similarity_weight)
+        return Hits(_ranked(nearest)[:top_k], seconds)
 
     def _score_images(self, caption, hits):
         tokens = self.processor(text=[caption])["input_ids"].tolist()
         pairs = [(row, 0) for row in range(len(hits))]
         return score_pairs(self.model, HitImages(hits, self.processor), tokens, pairs, progress=False)
 
-    @staticmethod
-    def _rerank(scores, nearest, similarity_weight):
-        """The hits that have scores, best first, then the others as they stood."""
-        first, rest = nearest[: len(scores)], nearest[len(scores) :]
-        for hit, score in zip(first, scores, strict=True):
-            hit.update(score=float(score) + similarity_weight * hit["similarity"], stage="re-ranked")
-        return [*sorted(first, key=lambda hit: -hit["score"]), *rest]
+    def _score_captions(self, image, captions):
+        tokens = self.processor.tokenizer(captions, truncation=True, max_length=self.processor.max_caption_tokens)
+        pixels = self.processor(images=[image])["pixel_values"]
+        pairs = [(0, column) for column in range(len(captions))]
+        return score_pairs(self.model, list(pixels), tokens["input_ids"], pairs, progress=False)
 
-    def _merged(self, best, vector, top_k, where, seconds):
+    def _merged(self, nearest, vector, top_k, where, seconds):
         """`top_k` hits of different places; where merging leaves fewer, the shortlist is asked for more."""
-        found, asked = merge_overlaps(best), len(best)
+        best, found, asked = nearest, merge_overlaps(nearest), len(nearest)
         while len(found) < top_k <= asked:
             with _clock(seconds, "shortlist"):
                 more = self.shortlist(vector, 2 * asked, where=where)
@@ -356,7 +350,7 @@ def read_hit(hit):
     """What a hit shows, PIL RGB: the whole image, or its tile, read by its window.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_picture`.
+        FileNotFoundError, ValueError: for a file that is gone, or cannot be decoded.
     """
     if not hit["tiling"] or not Path(hit["file"]).exists():
         return read_picture(hit["file"])
@@ -385,22 +379,6 @@ def find_images(archive):
     return found
 
 
-def read_picture(file):
-    """An image file as PIL RGB.
-
-    Raises:
-        FileNotFoundError, ValueError: for a file that is gone, or cannot be decoded.
-    """
-    try:
-        with Image.open(file) as image:
-            return to_rgb(image)
-    except FileNotFoundError as error:
-        message = f"{file} is in the index, or was asked for, but is not there: put it back, or delete it by name."
-        raise FileNotFoundError(message) from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from error
-
-
 def plan_tiles(file, tile, overlap):
     """The windows of an image that is to be cut; none where it stays whole."""
     if tile is None:
@@ -413,7 +391,8 @@ def plan_tiles(file, tile, overlap):
 def read_whole(file):
     """A row of the index for an image, and the image."""
     picture = read_picture(file)
-    row = _describe_file(file, picture.width, picture.height, Window(0, 0, *picture.size))
+    width, height, _ = describe_picture(file)  # as stored; the picture may be smaller
+    row = _describe_file(file, width, height, Window(0, 0, width, height))
     if file.lower().endswith(GEOTIFF_SUFFIXES):
         with Scene(file) as scene:
             row |= scene.bounds(Window(0, 0, scene.width, scene.height))
@@ -459,6 +438,14 @@ def _nearest(table, vector, top_k, columns, where=None):
     query = query.select([*columns, "_distance"]).limit(top_k)
     hits = (query.where(where, prefilter=True) if where else query).to_list()
     return [hit | {"similarity": 1 - hit.pop("_distance")} for hit in hits]
+
+
+def _rerank(scores, nearest, similarity_weight):
+    """The hits that have scores, best first, then the others as they stood."""
+    first, rest = nearest[: len(scores)], nearest[len(scores) :]
+    for hit, score in zip(first, scores, strict=True):
+        hit.update(score=float(score) + similarity_weight * hit["similarity"], stage="re-ranked")
+    return [*sorted(first, key=lambda hit: -hit["score"]), *rest]
 
 
 def _place(hit):

@@ -172,7 +172,7 @@ def hit_table(hits):
     """Hits as text, one line each; a line that says so where there is none."""
     if not hits:
         return "No image fits."
-    lines = [f"{'rank':>4}{'score':>9}  {'stage':<10} image"]
+    lines = [f"{'rank':>4}{'score':>9}  {'stage':<10} file"]
     lines += [f"{_start_of_line(hit)} {hit['file']}{_name_window(hit)}{_name_words(hit)}" for hit in hits]
     return "\n".join(lines)
 

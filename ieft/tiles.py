@@ -105,7 +105,8 @@ class Scene:
             return {}
         corners = [(window.col + right * window.width, window.row + down * window.height)
                    for right in (0, 1) for down in (0, 1)]  # fmt: skip
-        xs, ys = zip(*(self.dataset.transform * corner for corner in corners), strict=True)
+        a, b, c, d, e, f, *_ = self.dataset.transform
+        xs, ys = ([x * col + y * row + start for col, row in corners] for x, y, start in ((a, b, c), (d, e, f)))
         return {
             "west": min(xs), "south": min(ys), "east": max(xs), "north": max(ys), "crs": self.dataset.crs.to_string()
         }  # fmt: skip

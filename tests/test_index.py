@@ -20,7 +20,7 @@ from processing_ieft import IeftImageProcessor, IeftProcessor
 pytest.importorskip("lancedb", reason="the vector store, extra `search`, is not installed")
 
 from ieft import index as index_module  # noqa: E402
-from ieft.index import ImageIndex, find_images, read_picture  # noqa: E402
+from ieft.index import ImageIndex, find_images, merge_overlaps, read_hit, read_picture  # noqa: E402
 
 CAPTIONS = ["two red houses .", "a green river .", "many grey ships beside a beach ."]
 NUM_IMAGES = 24
@@ -175,7 +175,7 @@ def test_errors_say_what_to_do(index, tmp_path, loaded, archive):
         find_images(tmp_path / "index" / "nothing")
     for file in find_images(archive):
         file.unlink()
-    with pytest.raises(FileNotFoundError, match="put it back"):
+    with pytest.raises(FileNotFoundError, match="moved or deleted"):
         index.search(CAPTIONS[0])
 
 
@@ -195,6 +195,132 @@ def test_the_vector_index_finds_what_the_comparison_does(index, monkeypatch):
     assert recall > 0.7  # about 0.86 with one byte a vector, whose code book is drawn at random; chance is 0.003
 
 
+# Large scenes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scene(tmp_path):
+    """A scene of 4 x 3 tiles of 32 pixels that share a quarter, and its file."""
+    pytest.importorskip("rasterio", reason="GeoTIFF, extra `geo`, is not installed")
+    from test_tiles import write_scene
+
+    pixels = np.random.default_rng(3).integers(0, 4000, (3, 80, 104), np.uint16)
+    return write_scene(tmp_path / "scene.tif", pixels)
+
+
+def windows_of(rows):
+    return sorted((row["col"], row["row"], row["tile_width"], row["tile_height"]) for row in rows)
+
+
+def test_a_scene_is_indexed_by_tiles_and_they_are_one_unit(index, scene, archive):
+    first, again = {"added": 12, "unchanged": 0, "unreadable": {}}, {"added": 0, "unchanged": 12, "unreadable": {}}
+    assert index.add([scene], tile=32) == first and index.add([scene], tile=32) == again
+    of_scene = f"file = '{scene}'"
+    expected = [(col, row, 32, 32) for col in (0, 24, 48, 72) for row in (0, 24, 48)]
+    assert windows_of(index.rows(of_scene)) == expected
+    assert index.add(find_images(archive)[:2], tile=64)["unchanged"] == 2  # smaller than a tile: whole, as they were
+    assert index.add([scene], tile=64, overlap=0)["added"] == 4  # cut otherwise: the old tiles go
+    assert windows_of(index.rows(of_scene)) == [(col, row, 64, 64) for col in (0, 40) for row in (0, 16)]
+    shutil.copy(scene, scene.with_name("copy.tif"))
+    scene.write_bytes(scene.read_bytes() + b"\0")  # another content
+    assert index.add([scene], tile=64, overlap=0)["added"] == 4 and len(index.rows(of_scene)) == 4
+    index.add([scene.with_name("copy.tif")], tile=32)
+    assert index.delete([scene]) == 4 and len(index) == NUM_IMAGES + 12
+    with pytest.raises(ValueError, match="overlap from 0"):
+        index.add([scene], tile=32, overlap=1)
+
+
+def test_a_tile_is_embedded_and_re_ranked_as_its_own_picture(index, loaded, scene):
+    """The slow twin reads all of the scene and cuts it."""
+    from ieft.tiles import Scene, Window
+
+    index.add([scene], tile=32)
+    with Scene(scene) as opened:
+        whole = opened.read(Window(0, 0, 104, 80))
+    for row in index.rows("tiling != ''", columns=["file", "col", "row", "vector"])[::4]:
+        crop = whole.crop((row["col"], row["row"], row["col"] + 32, row["row"] + 32))
+        np.testing.assert_allclose(row["vector"], index.embed_images([crop])[0], atol=1e-5)
+    hit = index.search(CAPTIONS[0], top_k=1, rerank_top_k=12, where="tiling != ''")[0]
+    crop = whole.crop((hit["col"], hit["row"], hit["col"] + 32, hit["row"] + 32))
+    assert np.array_equal(np.asarray(read_hit(hit)), np.asarray(crop))
+    assert hit["score"] == pytest.approx(
+        loaded[0].rank(CAPTIONS[0], [crop], processor=loaded[1])[0]["score"], abs=1e-5
+    )
+    assert (hit["east"] - hit["west"], hit["north"] - hit["south"]) == (320, 320)
+    assert (hit["west"], hit["north"]) == (500000 + 10 * hit["col"], 5400000 - 10 * hit["row"])
+
+
+def test_tiles_that_overlap_a_better_one_are_merged_into_it(index, scene):
+    index.add([scene], tile=32)
+    hits = index.search(CAPTIONS[0], top_k=NUM_IMAGES + 12, rerank_top_k=8)
+    tiles = [hit for hit in hits if hit["tiling"]]
+    boxes = [(hit["col"], hit["row"]) for hit in tiles]
+    assert all(max(abs(a - c), abs(b - d)) >= 32 for n, (a, b) in enumerate(boxes) for c, d in boxes[:n])
+    assert sum(hit["merged"] for hit in tiles) == 12 and len(hits) == len(tiles) + NUM_IMAGES
+    assert [hit["rank"] for hit in hits] == list(range(1, len(hits) + 1))
+    few = index.search(CAPTIONS[0], top_k=len(tiles), rerank_top_k=1, where="tiling != ''")
+    assert len(few) >= 2  # the shortlist was asked for more than the first, which all overlap
+    near, far = (
+        {"file": "a", "col": 0, "row": 0, "tile_width": 9, "tile_height": 9},
+        {"tile_width": 9, "tile_height": 9},
+    )
+    kept = merge_overlaps([near, far | {"file": "a", "col": 8, "row": 8}, far | {"file": "a", "col": 9, "row": 0},
+                           far | {"file": "b", "col": 0, "row": 0}])  # fmt: skip
+    assert [(hit["file"], hit["col"], hit["merged"]) for hit in kept] == [("a", 0, 2), ("a", 9, 1), ("b", 0, 1)]
+
+
+def test_a_scene_that_breaks_off_is_named(index, scene):
+    scene.write_bytes(scene.read_bytes()[:30_000])
+    report = index.add([scene], tile=32)
+    assert list(report["unreadable"]) == [str(scene)] and report["added"] == len(index) - NUM_IMAGES < 12
+
+
+# Captions, scores, times ---------------------------------------------------------------------------------------------
+
+
+def test_captions_for_an_image_are_re_ranked_as_the_plain_model_does(index, archive, loaded):
+    model, processor = loaded
+    assert index.add_captions([*CAPTIONS, " ", CAPTIONS[0] + " "]) == {"added": 3, "unchanged": 0}
+    assert index.add_captions(["it's a beach .", CAPTIONS[1]]) == {"added": 1, "unchanged": 1}
+    image = read_picture(find_images(archive)[2])
+    captions = [*CAPTIONS, "it's a beach ."]
+    hits = index.search_captions(image, rerank_top_k=4)
+    ranked = model.rank(image, captions, processor=processor)
+    assert [hit["caption"] for hit in hits] == [hit["caption"] for hit in ranked]
+    np.testing.assert_allclose([hit["score"] for hit in hits], [hit["score"] for hit in ranked], atol=1e-5)
+    wanted = index.embed_images([image])[0]
+    for hit in hits:
+        assert hit["similarity"] == pytest.approx(float(index.embed_caption(hit["caption"]) @ wanted), abs=1e-5)
+    assert index.delete_captions(["it's a beach ."]) == 1
+    assert len(index.search_captions(image, rerank_top_k=0)) == 3
+    index.delete_captions(CAPTIONS)
+    assert index.search_captions(image) == []
+
+
+def test_the_fused_score_adds_the_similarity(index):
+    plain = {hit["file"]: hit for hit in index.search(CAPTIONS[0], top_k=6, rerank_top_k=6)}
+    fused = index.search(CAPTIONS[0], top_k=6, rerank_top_k=6, similarity_weight=50)
+    assert [hit["file"] for hit in fused] != list(plain)  # so much of it decides the order
+    for hit in fused:
+        assert hit["score"] == pytest.approx(plain[hit["file"]]["score"] + 50 * hit["similarity"], abs=1e-4)
+
+
+def test_a_search_tells_what_each_stage_took(index):
+    start = time.perf_counter()
+    hits = index.search(CAPTIONS[0])
+    assert set(hits.seconds) == {"embed", "shortlist", "re-rank"} and min(hits.seconds.values()) > 0
+    assert 0.5 * (time.perf_counter() - start) < sum(hits.seconds.values()) < time.perf_counter() - start
+
+
+def test_filters_on_time_and_what_is_added_again(index, archive):
+    file = find_images(archive)[0]
+    os.utime(file, (0, 10**9))  # September 2001
+    index.delete([file])
+    assert index.add([file])["added"] == 1 and len(index) == NUM_IMAGES
+    hits = index.search(CAPTIONS[0], where="time < TIMESTAMP '2010-01-01 00:00:00'")
+    assert [hit["file"] for hit in hits] == [str(file.resolve())]
+
+
 ADD = """
 import sys
 from ieft import IeftForImageTextRetrieval, IeftProcessor
@@ -202,24 +328,41 @@ from ieft.index import ImageIndex, find_images
 model, processor = (kind.from_pretrained(sys.argv[1]) for kind in (IeftForImageTextRetrieval, IeftProcessor))
 index = ImageIndex(sys.argv[2], model, processor=processor, create=True)
 print("ready", flush=True)
-index.add(find_images(sys.argv[3]), batch_size=1)
+index.add(find_images(sys.argv[3]), tile=int(sys.argv[4]) or None, batch_size=1)
 """
 
 
 def test_killed_while_adding_nothing_is_lost_or_doubled(tmp_path, checkpoint, loaded, archive):
+    files = find_images(archive)
+    kill_and_go_on(tmp_path, checkpoint, loaded, archive, 0, NUM_IMAGES)
+    rows = ImageIndex(tmp_path / "index", loaded[0], processor=loaded[1]).rows()
+    assert sorted(row["file"] for row in rows) == sorted(str(file.resolve()) for file in files)
+
+
+def test_killed_while_adding_the_tiles_of_a_scene(tmp_path, checkpoint, loaded, scene):
+    index = ImageIndex(tmp_path / "index", loaded[0], processor=loaded[1], create=True)
+    assert index.add([scene])["added"] == 1  # whole before
+    kill_and_go_on(tmp_path, checkpoint, loaded, scene, 16, 63)
+    index.table.checkout_latest()
+    cols, rows = [*range(0, 88, 12), 88], [*range(0, 64, 12), 64]
+    assert windows_of(index.rows()) == [(col, row, 16, 16) for col in cols for row in rows]
+
+
+def kill_and_go_on(tmp_path, checkpoint, loaded, archive, tile, expected):
     adding = subprocess.Popen(
-        [sys.executable, "-c", ADD, checkpoint, tmp_path / "index", archive], stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", ADD, checkpoint, tmp_path / "index", archive, str(tile)],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert adding.stdout.readline() == "ready\n"
     index = ImageIndex(tmp_path / "index", loaded[0], processor=loaded[1])
-    while not len(index) and adding.poll() is None:
+    new = f"tiling {'!=' if tile else '='} ''"
+    while not index.table.count_rows(new) and adding.poll() is None:
         index.table.checkout_latest()
         time.sleep(0.005)
     adding.send_signal(signal.SIGKILL)
     adding.communicate()
     index = ImageIndex(tmp_path / "index", loaded[0], processor=loaded[1])
-    kept = len(index)
-    assert 0 < kept < NUM_IMAGES, "the kill came too early or too late to show anything"
-    assert index.add(find_images(archive)) == {"added": NUM_IMAGES - kept, "unchanged": kept, "unreadable": {}}
-    files = [row["file"] for row in index.rows()]
-    assert sorted(files) == sorted(str(file.resolve()) for file in find_images(archive))
+    kept = index.table.count_rows(new)
+    assert 0 < kept < expected, "the kill came too early or too late to show anything"
+    report = index.add(find_images(archive), tile=tile or None)
+    assert report == {"added": expected - kept, "unchanged": kept, "unreadable": {}}

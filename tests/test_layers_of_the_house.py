@@ -16,6 +16,7 @@ LAYERS = {
     "ieft.metrics": 0,
     "ieft.scenes": 0,
     "ieft.prepacked": 0,
+    "ieft.pictures": 1,
     "ieft.ranking": 1,
     "ieft.tiles": 1,
     "ieft.batches": 2,

@@ -29,7 +29,7 @@ def test_index_query_info_export_delete(run, archive):  # noqa: F811
     table = run("query", CAPTIONS[0], "--top_k", 4)[1].out.splitlines()
     hits = json.loads(run("query", CAPTIONS[0], "--top_k", 4, "--json")[1].out)
     assert [line.split(maxsplit=3)[3] for line in table[1:]] == [hit["file"] for hit in hits]
-    assert run("info")[1].out.startswith("24 images\ncheckpoint ")
+    assert run("info")[1].out.startswith("24 images or tiles\n0 captions\ncheckpoint ")
     exported = [json.loads(line) for line in run("export", "--where", "width < 40")[1].out.splitlines()]
     assert sorted(row["width"] for row in exported) == list(range(30, 40))
     assert run("delete", hits[0]["file"])[1].out == "1 deleted\n"
@@ -39,11 +39,40 @@ def test_index_query_info_export_delete(run, archive):  # noqa: F811
 def test_an_image_as_query_and_hits_as_a_sheet(run, archive, tmp_path):  # noqa: F811
     run("index", archive)
     file = archive / "it's 04.png"
-    hits = json.loads(run("query", "--image", file, "--json", "--top_k", 6, "--sheet", tmp_path / "sheet.png")[1].out)
+    arguments = ("query", "--image", file, "--top_k", 6)
+    hits = json.loads(run(*arguments, "--json", "--sheet", tmp_path / "sheet.png")[1].out)["images"]
     assert hits[0]["file"] == str(file.resolve()) and {hit["stage"] for hit in hits} == {"shortlist"}
     one, six = draw_sheet(hits[:1]), Image.open(tmp_path / "sheet.png")
     assert six.height > one.height and np.array_equal(np.asarray(six)[:200], np.asarray(draw_sheet(hits))[:200])
     assert len(np.unique(np.asarray(one)[12:204, 12:204])) > 100  # the picture is there
+
+
+def test_captions_of_an_image_and_why(run, archive, tmp_path):  # noqa: F811
+    (tmp_path / "captions.txt").write_text("\n".join([*CAPTIONS, "", CAPTIONS[0]]))
+    code, printed = run("index", archive, "--captions", tmp_path / "captions.txt")
+    assert code == 0 and "3 added, 0 unchanged, 3 captions" in printed.out
+    arguments = ("query", "--image", archive / "it's 04.png", "--explain", tmp_path / "why")
+    found = json.loads(run(*arguments, "--json")[1].out)
+    assert sorted(hit["caption"] for hit in found["captions"]) == sorted(CAPTIONS) and len(found["images"]) == 10
+    printed = run(*arguments)[1].out
+    assert printed.index(found["captions"][0]["caption"]) < printed.index(found["images"][0]["file"])
+    assert sorted(path.name for path in (tmp_path / "why").iterdir()) == ["001.png", "002.png", "003.png"]
+    assert np.ptp(np.asarray(Image.open(tmp_path / "why" / "001.png"))) > 100
+    assert [word for word, _ in found["captions"][0]["words"]] == found["captions"][0]["caption"].split()
+
+
+def test_a_scene_by_tiles_is_found_by_window(run, tmp_path):  # noqa: F811
+    pytest.importorskip("rasterio", reason="GeoTIFF, extra `geo`, is not installed")
+    from test_tiles import write_scene
+
+    file = write_scene(tmp_path / "scene.tif", np.random.default_rng(0).integers(0, 256, (3, 80, 104), np.uint8))
+    assert run("index", file, "--tile", 32, "--overlap", 0.25)[1].out.startswith("12 added, 0 unchanged, 12 tiles")
+    printed = run("query", CAPTIONS[0], "--geojson", tmp_path / "hits.json", "--explain", tmp_path / "why")[1].out
+    features = json.loads((tmp_path / "hits.json").read_text())["features"]
+    first = features[0]["properties"]
+    assert f"{file}  [{first['col']} {first['row']} 32 32" in printed and first["merged"] > 1
+    assert len(list((tmp_path / "why").iterdir())) == len(features) < 12
+    assert len(json.loads(run("export", "--geojson")[1].out)["features"]) == 12
 
 
 def test_an_unreadable_image_is_named_and_fails_the_command(run, archive):  # noqa: F811
