@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import gradio as gr
-from gradio.processing_utils import save_bytes_to_cache
+import gradio.processing_utils
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
@@ -184,16 +184,14 @@ class SearchPage:
         answer = self._show(
             image, filters, lambda where: self.index.search_image(image, top_k=int(top_k), where=where)
         )
-        return answer | {self.upload: image}
+        return answer | {self.upload: draw_thumbnail(image, 2 * DETAIL)}
 
     def _show(self, query, filters, search):
         where, number = self._count(filters)
         with archive_errors():
             hits = search(where)
             started = time.perf_counter()
-            thumbnails = [read_hit(hit) for hit in hits]
-        for thumbnail in thumbnails:
-            thumbnail.thumbnail((THUMB, THUMB))
+            thumbnails = [draw_thumbnail(read_hit(hit), THUMB) for hit in hits]
         seconds = hits.seconds | {"thumbnails": time.perf_counter() - started}
         times = ", ".join(f"{stage} {1000 * taken:,.0f} ms" for stage, taken in seconds.items())
         shown = [(image, label_hit(hit)) for image, hit in zip(thumbnails, hits, strict=True)]
@@ -223,7 +221,7 @@ class SearchPage:
             return gr.DownloadButton("No image with geographic bounds: no GeoJSON", value=None, interactive=False)
         named = [hit | {"file": Path(hit["file"]).name} for hit in hits]
         text = json.dumps(to_geojson(named), indent=1, default=str)
-        file = save_bytes_to_cache(text.encode(), "hits.geojson", self.geojson.GRADIO_CACHE)
+        file = gradio.processing_utils.save_bytes_to_cache(text.encode(), "hits.geojson", self.geojson.GRADIO_CACHE)
         return gr.DownloadButton("Download as GeoJSON", value=file, interactive=True)
 
     def explain(self, query, hits, event: gr.SelectData):
@@ -302,6 +300,11 @@ def read_upload(file):
         kinds = ", ".join(UPLOAD_FORMATS)
         raise ValueError(f"This file cannot be read as an image; a whole one of {kinds} expected.") from None
     raise ValueError(f"An image of up to {MOST_PIXELS:,} pixels expected; this one has {size}.")
+
+
+def draw_thumbnail(image, side):
+    image.thumbnail((side, side))
+    return image
 
 
 def label_hit(hit):
@@ -427,9 +430,15 @@ def main(arguments=None):
         launch(SearchPage(index).page, requests_per_minute=args.requests_per_minute)
 
 
+async def refuse_address(*_, **__):
+    raise told("A file that was uploaded expected, not the address of one.")
+
+
 def launch(page, *, requests_per_minute):
     """Serve a page until it is stopped, at GRADIO_SERVER_NAME and GRADIO_SERVER_PORT, or 127.0.0.1:7860."""
     theme = gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    # In place of files, Gradio takes addresses, and would fetch whatever a visitor names.
+    gradio.processing_utils.async_ssrf_protected_download = refuse_address
     page.queue(max_size=32).launch(
         theme=theme,
         css=STYLE,

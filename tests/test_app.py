@@ -377,6 +377,9 @@ def test_an_upload_must_have_been_uploaded(client, checkpoint, archive):  # noqa
     for path in ("/etc/passwd", str(archive / "Scene_00.png"), str(checkpoint / "config.json"), "app.py"):
         answer = call(client, "search_image", upload | {"path": path}, *DEFAULTS)
         assert isinstance(answer, str), path
+    elsewhere = upload | {"path": "http://93.184.216.34/photo.png"}
+    assert "not the address" in call(client, "search_image", elsewhere, *DEFAULTS)
+    assert "not the address" in call(client, "search", elsewhere, *DEFAULTS)
 
 
 def test_uploads_and_questions_are_bounded(client):
