@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo test lint bench
+.PHONY: help demo app test lint bench
 .DEFAULT_GOAL := help
 
 help:  ## Show what can be made
@@ -18,6 +18,10 @@ $(INSTALLED): setup.cfg pyproject.toml
 demo: $(INSTALLED)  ## Train IEFT on synthetic scenes, rank the test split, draw the result (a few minutes on a CPU)
 	$(BIN)/python run_retrieval.py --dataset_name scenes --output_dir outputs/demo --resume_from_checkpoint true
 	@echo "Look at outputs/demo/ranked.png and outputs/demo/training.png."
+
+app: $(INSTALLED)  ## Search synthetic scenes on a page, http://127.0.0.1:7860, with the network of `make demo`
+	test -f outputs/demo/test_results.json || $(MAKE) demo
+	$(BIN)/python app.py --model outputs/demo --index outputs/scenes.lance --archive outputs/scenes --draw_scenes 400
 
 test: $(INSTALLED)  ## Run the tests, without network
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -1,0 +1,458 @@
+"""A page to search an archive of images by a sentence or by an image.
+
+    python app.py --model outputs/demo --index outputs/scenes.lance --archive outputs/scenes
+    IEFT_MODEL=user/ieft-scenes IEFT_INDEX=archive.lance IEFT_ARCHIVE=archive python app.py
+
+In: a checkpoint with contrastive heads and an index, made first from `--archive` where that is given. Out: a Gradio
+page, also as a Hugging Face Space. How images are found and explained is left to `ieft.index` and `ieft.explain`.
+
+Visitors are not trusted. They see thumbnails and file names, no paths and no files; what they send is bounded in size,
+rate and pixels, and only the addresses that the page itself needs are answered.
+"""
+
+import argparse
+import html
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import gradio as gr
+import gradio.processing_utils
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+from PIL import Image, ImageOps
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from transformers.utils import logging
+
+from ieft import IeftForImageTextRetrieval, IeftProcessor, draw_scene
+from ieft.explain import draw_heat_map, explain_pair
+from ieft.index import ImageIndex, find_images, read_hit
+from ieft.search import to_geojson
+from processing_ieft import to_rgb
+
+MEGABYTE = 1 << 20
+LARGEST_UPLOAD = 10 * MEGABYTE
+LARGEST_QUESTION = MEGABYTE // 4  # what the page sends but uploads
+MOST_PIXELS = 40_000_000
+MOST_CHARACTERS = 500
+UPLOAD_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+NEEDED_TO_READ = re.compile(
+    r"/(config|theme\.css|manifest\.json|favicon\.ico|robots\.txt|(assets|static)/.+)?|/gradio_api/"
+    r"(info|app_id|startup-events|queue/data|upload_progress|heartbeat/\w+|file=/.+)"
+)
+NEEDED_TO_ASK = re.compile(r"/gradio_api/(queue/join|upload|cancel|reset)/?")
+KEPT_SECONDS = 1800  # uploads, thumbnails, what a visitor was shown last
+SCENES_SEED, SCENES_SIZE = 1, 192  # not the seed of training
+THUMB, DETAIL = 320, 512
+EXAMPLES = (
+    "three white storage tanks in a yellow desert",
+    "a football field and red houses in a town",
+    "a curved river with a bridge over it",
+    "many ships beside a beach",
+    "planes in a snowy field",
+)
+HINT = (
+    "Say what an aerial image should show. Embeddings find the nearest images, the **shortlist**; the network reads "
+    "the first of them with the sentence and **re-ranks** them."
+)
+SCORES = (
+    "Select an image to see what spoke for it. Scores order the images of one search: re-ranked ones by the network's "
+    "score, any number; the shortlist's own by the similarity of embeddings, at most 1."
+)
+STYLE = """
+.gradio-container { max-width: 1240px !important; }
+#examples { flex-wrap: wrap; gap: 6px; }
+#examples button { flex: 0 1 auto; font-weight: 400; }
+#gallery .grid-wrap { height: auto; max-height: none; padding-top: 2.2rem; }
+#gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); height: auto; }
+#gallery .caption-label { left: 0; right: 0; bottom: 0; max-width: none; border-width: 1px 0 0; border-radius: 0; }
+#detail .word { display: inline-block; margin: 2px; padding: 1px 6px; border-radius: 4px; }
+#detail .word small { opacity: 0.7; }
+#detail table, #detail tr, #detail td, #detail th { border: 0; }
+#detail th, #detail td { padding: 2px 6px; }
+#detail th { text-align: left; font-weight: 500; padding-right: 1.2em; }
+#detail td { overflow-wrap: anywhere; }
+"""
+
+
+class SearchPage:
+    """The page over one index: what it looks like, and what answers a visitor's clicks."""
+
+    def __init__(self, index):
+        self.index = index
+        self.page = gr.Blocks(title="Image search", analytics_enabled=False, delete_cache=(300, KEPT_SECONDS))
+        with self.page:
+            self.query, self.hits = (gr.State(time_to_live=KEPT_SECONDS) for _ in range(2))  # stay on the server
+            gr.Markdown(f"# Search {len(index):,} images\n{HINT}")
+            self._lay_out_questions()
+            self._lay_out_answers()
+            self._connect()
+
+    def _lay_out_questions(self):
+        with gr.Tab("By sentence"):
+            with gr.Row(equal_height=True):
+                self.caption = gr.Textbox(
+                    label="Sentence",
+                    placeholder=EXAMPLES[0],
+                    max_length=MOST_CHARACTERS,
+                    scale=8,
+                    min_width=300,
+                    elem_id="caption",
+                )
+                self.ask = gr.Button("Search", variant="primary", scale=1, min_width=120, elem_id="ask")
+            with gr.Row(elem_id="examples"):
+                self.examples = [gr.Button(example, size="sm", min_width=0) for example in EXAMPLES]
+        with gr.Tab("By image"):
+            label = f"An image, of up to {LARGEST_UPLOAD // MEGABYTE} MB; images like it are found by embedding alone"
+            self.upload = gr.Image(label=label, sources=["upload", "clipboard"], height=240, elem_id="upload")
+            self.upload.preprocess = lambda sent: sent and sent.path  # decoding is ours: `read_upload`
+            self.ask_image = gr.Button("Search again", elem_id="ask_image")
+        with gr.Accordion("Filters and settings", open=False, elem_id="filters"):
+            with gr.Row():
+                width = gr.Number(0, label="Width, at least", precision=0, minimum=0, maximum=10**6, min_width=120)
+                height = gr.Number(0, label="Height, at least", precision=0, minimum=0, maximum=10**6, min_width=120)
+                name = gr.Textbox(label="File name contains", min_width=160)
+                placed = gr.Checkbox(label="Only with geographic bounds", min_width=160)
+            where = gr.Textbox(
+                label="SQL condition over the index's columns", placeholder="width >= 256 AND north > 48"
+            )
+            with gr.Row():
+                top_k = gr.Slider(1, 48, 12, step=1, label="Images to show")
+                rerank_top_k = gr.Slider(0, 64, 32, step=1, label="Images of the shortlist to re-rank")
+        self.settings = [top_k, rerank_top_k, width, height, name, placed, where]
+
+    def _lay_out_answers(self):
+        with gr.Column(visible=False, elem_id="answers") as self.answers:
+            self.summary = gr.Markdown(elem_id="summary")
+            with gr.Row():
+                with gr.Column(scale=3, min_width=320):
+                    self.gallery = gr.Gallery(
+                        label="Images, best first", allow_preview=False, columns=None, object_fit="cover",
+                        height="auto", buttons=[], elem_classes="gallery", elem_id="gallery",
+                    )  # fmt: skip
+                    gr.Markdown(SCORES)
+                    self.geojson = gr.DownloadButton("Download as GeoJSON", size="sm", elem_id="geojson")
+                with gr.Column(scale=2, min_width=320, visible=False, elem_id="detail") as self.detail:
+                    self.picture = gr.Image(label="Image", buttons=["fullscreen"], elem_id="picture")
+                    self.reasons = gr.HTML(elem_id="reasons")
+
+    def _connect(self):
+        shown = [self.query, self.hits, self.answers, self.summary, self.gallery, self.geojson, self.detail]
+        one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "network"}
+        by_caption = {"fn": self.search_caption, "inputs": [self.caption, *self.settings], "outputs": shown}
+        by_image = {"fn": self.search_image, "inputs": [self.upload, *self.settings], "outputs": [self.upload, *shown]}
+        gr.on([self.ask.click, self.caption.submit], **by_caption, **one_at_a_time, api_name="search")
+        for example in self.examples:
+            filled = example.click(outputs=self.caption, js=f"() => {json.dumps(example.value)}")
+            filled.then(**by_caption, **one_at_a_time, api_visibility="private")
+        gr.on([self.upload.upload, self.ask_image.click], **by_image, **one_at_a_time, api_name="search_image")
+        explained = [self.detail, self.picture, self.reasons]
+        self.gallery.select(
+            self.explain, [self.query, self.hits], explained, **one_at_a_time, api_visibility="private"
+        ).then(js="() => document.getElementById('detail').scrollIntoView({behavior: 'smooth', block: 'nearest'})")
+
+    def search_caption(self, caption, *settings):
+        """A sentence and the settings -> what to show."""
+        caption = check_text(caption, "sentence")
+        if not caption:
+            raise told("Write a sentence first: what should the image show?")
+        top_k, rerank_top_k, *filters = settings
+        return self._show(
+            caption,
+            filters,
+            lambda where: self.index.search(caption, top_k=int(top_k), rerank_top_k=int(rerank_top_k), where=where),
+        )
+
+    def search_image(self, file, *settings):
+        """A file that a visitor sent and the settings -> what to show."""
+        if file is None:
+            raise told("Choose an image first.")
+        try:
+            image = read_upload(file)
+        except ValueError as error:
+            gr.Warning(html.escape(str(error)), title="Not searched")
+            return {self.upload: None}
+        top_k, _, *filters = settings
+        answer = self._show(
+            image, filters, lambda where: self.index.search_image(image, top_k=int(top_k), where=where)
+        )
+        return answer | {self.upload: draw_thumbnail(image, 2 * DETAIL)}
+
+    def _show(self, query, filters, search):
+        where, number = self._count(filters)
+        with archive_errors():
+            hits = search(where)
+            started = time.perf_counter()
+            thumbnails = [draw_thumbnail(read_hit(hit), THUMB) for hit in hits]
+        seconds = hits.seconds | {"thumbnails": time.perf_counter() - started}
+        times = ", ".join(f"{stage} {1000 * taken:,.0f} ms" for stage, taken in seconds.items())
+        shown = [(image, label_hit(hit)) for image, hit in zip(thumbnails, hits, strict=True)]
+        return {
+            self.query: query if isinstance(query, str) else None,
+            self.hits: hits,
+            self.answers: gr.Column(visible=True),
+            self.summary: f"**{len(hits)} of {number:,} images.** Time taken: {times}.",
+            self.gallery: gr.Gallery(shown, selected_index=None),
+            self.geojson: self._offer_geojson(hits),
+            self.detail: gr.Column(visible=False),
+        }
+
+    def _count(self, filters):
+        """The filter as SQL or None, and how many images pass it."""
+        where = write_filter(*filters)
+        try:
+            return where, self.index.table.count_rows(where)
+        except (OSError, RuntimeError, ValueError) as error:
+            print(f"app.py: filter {where!r}: {error}", file=sys.stderr)
+            columns = ", ".join(name for name in self.index.table.schema.names if name != "vector")
+            raise told(f"An SQL condition over {columns} expected, such as: width >= 256 AND north > 48.") from None
+
+    def _offer_geojson(self, hits):
+        """The hits' outlines to download, if any has one, with file names for paths."""
+        if not any(hit["crs"] for hit in hits):
+            return gr.DownloadButton("No image with geographic bounds: no GeoJSON", value=None, interactive=False)
+        named = [hit | {"file": Path(hit["file"]).name} for hit in hits]
+        text = json.dumps(to_geojson(named), indent=1, default=str)
+        file = gradio.processing_utils.save_bytes_to_cache(text.encode(), "hits.geojson", self.geojson.GRADIO_CACHE)
+        return gr.DownloadButton("Download as GeoJSON", value=file, interactive=True)
+
+    def explain(self, query, hits, event: gr.SelectData):
+        """The hit that was selected: with the heat of a sentence, where there was one."""
+        if not hits or not isinstance(event.index, int) or not 0 <= event.index < len(hits):
+            raise told("These results are too old to be explained: search again.")
+        hit, words = hits[event.index], []
+        with archive_errors():
+            picture = read_hit(hit)
+        image = ImageOps.contain(picture, (DETAIL, DETAIL))
+        if query is not None:
+            processor = self.index.processor
+            explanation = explain_pair(self.index.model, processor, picture, query)
+            image = draw_heat_map(image, explanation.heat, fit=processor.image_processor.fit)
+            words = explanation.words
+        label = "What spoke for the sentence: the brighter, the more" if words else "Image"
+        return {
+            self.detail: gr.Column(visible=True),
+            self.picture: gr.Image(image, label=label),
+            self.reasons: describe_words(words) + describe_hit(hit),
+        }
+
+
+def told(message):
+    """An error as a visitor sees it; Gradio shows messages as HTML."""
+    return gr.Error(html.escape(message), print_exception=False)
+
+
+@contextmanager
+def archive_errors():
+    """Errors of reading the archive name its paths: they go to the log, and a visitor gets a sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        print(f"app.py: {error}", file=sys.stderr)
+        message = "An image of the archive is gone or damaged. Whoever runs this page finds its name in the log."
+        raise told(message) from None
+
+
+def check_text(text, name):
+    """Text that a visitor sent, without blanks around it; `name` says what it is."""
+    text = (text or "").strip()
+    if len(text) > MOST_CHARACTERS:
+        raise told(f"A {name} of up to {MOST_CHARACTERS} characters expected; got {len(text):,}.")
+    return text
+
+
+def write_filter(width=None, height=None, name=None, placed=False, where=None):
+    """A visitor's conditions as one SQL condition over the index's columns; None where there is none."""
+    conditions = [f"{side} >= {int(least)}" for side, least in (("width", width), ("height", height)) if least]
+    if name := check_text(name, "part of a file name"):
+        pattern = f"(?i){re.escape(name)}[^/]*$".replace("'", "''")  # in the name, not in the folders above it
+        conditions.append(f"regexp_like(file, '{pattern}')")
+    if placed:
+        conditions.append("crs IS NOT NULL")
+    if where := check_text(where, "condition"):
+        conditions.append(f"({where})")
+    return " AND ".join(conditions) or None
+
+
+def read_upload(file):
+    """An image that somebody sent as PIL RGB.
+
+    Raises:
+        ValueError: for what is no image of a usual kind, or one of too many pixels.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(file, formats=UPLOAD_FORMATS) as image:
+            warnings.simplefilter("ignore")  # of damaged metadata
+            if image.width * image.height <= MOST_PIXELS:
+                return to_rgb(image)
+            size = f"{image.width:,} x {image.height:,}"
+    except Image.DecompressionBombError:
+        size = "many more"
+    except Exception:  # decoders raise whatever damaged bytes lead them to
+        kinds = ", ".join(UPLOAD_FORMATS)
+        raise ValueError(f"This file cannot be read as an image; a whole one of {kinds} expected.") from None
+    raise ValueError(f"An image of up to {MOST_PIXELS:,} pixels expected; this one has {size}.")
+
+
+def draw_thumbnail(image, side):
+    image.thumbnail((side, side))
+    return image
+
+
+def label_hit(hit):
+    return f"{hit['rank']}.  {hit['score']:.2f}  {hit['stage']}"
+
+
+def describe_words(words):
+    """Each word over green where the score is higher with it, over red where it is lower, as HTML."""
+    largest = max((abs(part) for _, part in words), default=0) or 1
+    spans = [
+        f'<span class="word" style="background: rgba({"20, 184, 166" if part > 0 else "239, 68, 68"}, '
+        f'{abs(part) / largest * 0.7:.2f})">{html.escape(word)} <small>{part:+.2f}</small></span>'
+        for word, part in words
+    ]
+    return f"<p>Each word's part in the score:</p><p>{''.join(spans)}</p>" if words else ""
+
+
+def describe_hit(hit):
+    """What is known of a hit as an HTML table, its file by name alone."""
+    facts = {"file": Path(hit["file"]).name, "pixels": f"{hit['width']} x {hit['height']}"}
+    if hit["tiling"]:
+        facts["tile"] = f"{hit['tile_width']} x {hit['tile_height']}, from column {hit['col']}, row {hit['row']}"
+    facts |= {"rank": hit["rank"], hit["stage"]: f"score {hit['score']:.3f}", "similarity": f"{hit['similarity']:.3f}"}
+    if hit["crs"]:
+        facts["bounds"] = ", ".join(f"{side} {hit[side]:.6g}" for side in ("west", "south", "east", "north"))
+        facts["in"] = hit["crs"]
+    rows = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(fact))}</td></tr>" for name, fact in facts.items())
+    return f"<table>{''.join(rows)}</table>"
+
+
+class Gate:
+    """ASGI middleware: answers the addresses that the page needs, for requests of bounded size at a bounded rate."""
+
+    def __init__(self, app, *, requests_per_minute):
+        self.app = app
+        self.rate = RateLimitItemPerMinute(requests_per_minute)
+        self.limiter = MovingWindowRateLimiter(MemoryStorage())
+
+    async def __call__(self, scope, receive, send):
+        refusal = self._refuse(scope) if scope["type"] != "lifespan" else None
+        await (refusal or self.app)(scope, receive, send)
+
+    def _refuse(self, scope):
+        asks = scope.get("method") == "POST"
+        if not (NEEDED_TO_ASK if asks else NEEDED_TO_READ).fullmatch(scope["path"]):
+            return _refusal(404, "There is nothing here.")
+        if not asks:
+            return None
+        largest = LARGEST_UPLOAD + LARGEST_QUESTION if scope["path"].endswith("upload") else LARGEST_QUESTION
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        if not length.isdigit():
+            return _refusal(411, "A request that states its length expected.")
+        if int(length) > largest:
+            return _refusal(413, f"At most {LARGEST_UPLOAD // MEGABYTE} MB expected; got {int(length):,} bytes.")
+        if not self.limiter.hit(self.rate, scope["client"][0]):
+            return _refusal(429, f"More than {self.rate.amount} requests in a minute: wait a little, then go on.")
+        return None
+
+
+def _refusal(status, message):
+    return JSONResponse({"detail": message}, status_code=status)
+
+
+def draw_archive(folder, number):
+    """Synthetic scenes as PNG files, those that are not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(number):
+        file = folder / f"{index:04}.png"
+        if not file.exists():
+            unfinished = file.with_suffix(".part")
+            draw_scene(SCENES_SEED, index, size=SCENES_SIZE).image.save(unfinished, format="PNG")
+            unfinished.replace(file)
+
+
+def open_index(args):
+    """The index that the arguments name, with the archive's new images in it."""
+    archive = args.archive and Path(args.archive)
+    if args.draw_scenes:
+        draw_archive(archive, args.draw_scenes)
+    files = find_images(archive) if archive else []
+    model = IeftForImageTextRetrieval.from_pretrained(args.model)
+    index = ImageIndex(args.index, model, processor=IeftProcessor.from_pretrained(args.model), create=bool(files))
+    if files:
+        report = index.add(files)
+        index.optimize()
+        print(f"{report['added']:,} images added, {len(index):,} in {args.index}", flush=True)
+        for file, why in report["unreadable"].items():
+            print(f"not indexed: {file}: {why}", file=sys.stderr)
+    return index
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, text in (
+        ("model", "folder or Hub id of a checkpoint with contrastive heads"),
+        ("index", "a folder, or object storage such as s3://bucket/prefix"),
+        ("archive", "a folder of images to index first: what is new in it"),
+    ):
+        variable = f"IEFT_{name.upper()}"
+        parser.add_argument(f"--{name}", default=os.environ.get(variable), help=f"{text}; or the variable {variable}")
+    parser.add_argument(
+        "--draw_scenes", type=int, default=0, help="draw so many synthetic scenes into the archive first"
+    )
+    parser.add_argument("--requests_per_minute", type=int, default=60, help="that one visitor may send")
+    return parser
+
+
+def main(arguments=None):
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if not args.model or not args.index:
+        parser.error("--model and --index expected, or IEFT_MODEL and IEFT_INDEX in the environment.")
+    logging.disable_progress_bar()  # of loading weights
+    try:
+        index = open_index(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"app.py: {error}")
+    with tempfile.TemporaryDirectory(prefix="ieft-page-") as folder:
+        # Gradio's own folder is shared by all its pages on a machine, and each serves all of it.
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_EXAMPLES_CACHE": f"{folder}/examples"}
+        if os.environ.get("SPACE_ID"):  # there, visitors come through proxies of this network
+            os.environ.setdefault("FORWARDED_ALLOW_IPS", "10.0.0.0/8")
+        launch(SearchPage(index).page, requests_per_minute=args.requests_per_minute)
+
+
+async def refuse_address(*_, **__):
+    raise told("A file that was uploaded expected, not the address of one.")
+
+
+def launch(page, *, requests_per_minute):
+    """Serve a page until it is stopped, at GRADIO_SERVER_NAME and GRADIO_SERVER_PORT, or 127.0.0.1:7860."""
+    theme = gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    # In place of files, Gradio takes addresses, and would fetch whatever a visitor names.
+    gradio.processing_utils.async_ssrf_protected_download = refuse_address
+    page.queue(max_size=32).launch(
+        theme=theme,
+        css=STYLE,
+        max_file_size=LARGEST_UPLOAD,
+        state_session_capacity=1000,
+        footer_links=[],
+        share=False,
+        ssr_mode=False,
+        pwa=False,
+        enable_monitoring=False,
+        run_history=False,
+        app_kwargs={"middleware": [Middleware(Gate, requests_per_minute=requests_per_minute)]},
+    )
+
+
+if __name__ == "__main__":
+    main()

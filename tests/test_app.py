@@ -1,0 +1,492 @@
+"""The page as a visitor meets it: a real process, a real browser, and what no visitor may have."""
+
+import configparser
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+pytest.importorskip("gradio", reason="the page, extra `app`, is not installed")
+pytest.importorskip("lancedb", reason="the vector store, extra `search`, is not installed")
+
+import httpx  # noqa: E402
+from test_index import CAPTIONS, checkpoint, loaded  # noqa: E402, F401
+
+import app  # noqa: E402
+from ieft.explain import draw_heat_map, explain_pair  # noqa: E402
+from ieft.index import ImageIndex, find_images  # noqa: E402
+from ieft.pictures import read_picture  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# Gradio's client asks for the progress of an upload. Where that is over already the answer is 404, which Chromium and
+# the client (as "Response") log; the client warns where it closes the stream. The upload itself is not touched.
+UPLOAD_NOISE = ("/gradio_api/upload_progress?", "Method not implemented.", "Response {'url'")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+HOSTILE_NAME = "<img src=x onerror=alert(1)> it's 100%.png"
+REQUESTS_PER_MINUTE = 40
+VISITORS = itertools.count(1)
+PATIENCE = 120  # seconds; a test machine may be busy
+DEFAULTS = [12, 32, 0, 0, "", False, ""]  # the page's settings
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """Twelve images of noise, one with a hostile name, one with bounds."""
+    rasterio = pytest.importorskip("rasterio", reason="GeoTIFF, extra `geo`, is not installed")
+    folder = tmp_path_factory.mktemp("archive") / "deep"
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    for number in range(10):
+        pixels = noise.integers(0, 255, (40 + number, 40 + 5 * number, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"Scene_{number:02}.png")
+    Image.fromarray(noise.integers(0, 255, (40, 40, 3), np.uint8)).save(folder / HOSTILE_NAME)
+    transform = rasterio.transform.from_origin(500000, 5400000, 10, 10)
+    layout = {"driver": "GTiff", "count": 3, "dtype": "uint8", "crs": "EPSG:32631", "transform": transform}
+    with rasterio.open(folder / "placed.tif", "w", width=60, height=40, **layout) as scene:
+        scene.write(noise.integers(0, 255, (3, 40, 60), np.uint8))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, checkpoint, archive):  # noqa: F811
+    """The page as a process, from a folder that holds no more than a Space does."""
+    folder = tmp_path_factory.mktemp("space")
+    (folder / "ieft").mkdir()
+    for source in [*ROOT.glob("*.py"), *ROOT.glob("ieft/*.py"), *ROOT.glob("space/*")]:
+        place = source.name if source.parent.name == "space" else source.relative_to(ROOT)
+        shutil.copy(source, folder / place)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    named = {"IEFT_MODEL": checkpoint, "IEFT_ARCHIVE": archive, "IEFT_INDEX": folder / "index.lance"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+    } | {name: str(value) for name, value in named.items()}  # fmt: skip
+    log = folder / "log"
+    command = [sys.executable, "app.py", "--requests_per_minute", str(REQUESTS_PER_MINUTE)]
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: "Running on" in log.read_text() or process.poll() is not None, 2 * PATIENCE)
+        assert process.poll() is None, log.read_text()
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", log=log, index=named["IEFT_INDEX"], process=process)
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+    # Gradio logs how it refuses numbers out of bounds and paths that were not uploaded; no other error is raised.
+    traces = re.findall(r"^Traceback.*?^\w\S*", log.read_text(), re.MULTILINE | re.DOTALL)
+    refusals = ("gradio.exceptions.Error:", "gradio.exceptions.InvalidPathError:")
+    assert [trace for trace in traces if not trace.endswith(refusals)] == []
+
+
+@pytest.fixture(scope="module")
+def index(served, loaded):  # noqa: F811
+    return ImageIndex(served.index, loaded[0], processor=loaded[1])
+
+
+def another_visitor():
+    """Headers by which a proxy on this machine tells one visitor from others."""
+    return {"X-Forwarded-For": f"203.0.113.{next(VISITORS)}"}
+
+
+def wait_for(condition, seconds=PATIENCE):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright, extra `test`, is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(served, browser):
+    """A function that opens the page. Afterwards: nothing on the console, nothing asked of another host."""
+    complaints, pages = [], []
+
+    def open_page(*, expected=(), **options):
+        options = {"viewport": {"width": 1280, "height": 900}, "extra_http_headers": another_visitor(), **options}
+        context = browser.new_context(**options)
+        page = context.new_page()
+        page.set_default_timeout(1000 * PATIENCE)
+        pages.append(context)
+
+        def note(kind, text):
+            if not any(part in text for part in expected):
+                complaints.append(f"{kind}: {text}")
+
+        page.on("console", lambda message: note(message.type, f"{message.text} {message.location}"))
+        page.on("pageerror", lambda error: note("exception", str(error)))
+        page.on("dialog", lambda dialog: (note("dialog", dialog.message), dialog.dismiss()))
+        page.on("request", lambda request: check_host(request.url))
+        page.goto(served.url)
+        page.wait_for_selector("#ask")
+        return page
+
+    def check_host(url):
+        if not url.startswith((served.url, "data:", "blob:")):
+            complaints.append(f"asked of another host: {url}")
+
+    yield open_page
+    for context in pages:
+        context.close()
+    assert "\n".join(complaints) == ""
+
+
+def ask(page, caption):
+    page.fill("#caption textarea", caption)
+    page.click("#ask")
+
+
+def upload(page, file, name=None):
+    page.get_by_role("tab", name="By image").click()
+    content = {"name": name or "photo.png", "mimeType": "image/png", "buffer": file}
+    page.set_input_files("#upload input[type=file]", content)
+
+
+def labels(page):
+    page.wait_for_selector("#gallery .caption-label")
+    return [" ".join(text.split()) for text in page.locator("#gallery .caption-label").all_inner_texts()]
+
+
+def expected_labels(hits):
+    return [f"{hit['rank']}. {hit['score']:.2f} {hit['stage']}" for hit in hits]
+
+
+def message(page):
+    """The text of the message that came up, which is then closed."""
+    page.wait_for_selector(".toast-body")
+    text = page.inner_text(".toast-body")
+    page.click(".toast-close")
+    page.wait_for_selector(".toast-body", state="detached")
+    return " ".join(text.split())
+
+
+def shown_picture(page):
+    source = page.wait_for_selector("#picture img").get_attribute("src")
+    return Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")
+
+
+def difference(image, other):
+    return np.abs(np.asarray(image, dtype=float) - np.asarray(other.resize(image.size), dtype=float)).mean()
+
+
+def has_no_sideways_scroll(page):
+    width, window = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    return width <= window
+
+
+def test_a_sentence_finds_images_and_a_click_says_why(open_page, index, loaded):  # noqa: F811
+    page = open_page()
+    ask(page, CAPTIONS[0])
+    hits = index.search(CAPTIONS[0], top_k=12)
+    assert labels(page) == expected_labels(hits)
+    times = ", ".join(rf"{stage} [\d,]+ ms" for stage in ("embed", "shortlist", "re-rank", "thumbnails"))
+    assert re.fullmatch(rf"12 of 12 images\. Time taken: {times}\.", page.inner_text("#summary"))
+    page.locator("#gallery .thumbnail-item").nth(1).click()
+    page.wait_for_selector("#reasons .word")
+    assert Path(hits[1]["file"]).name in page.inner_text("#reasons table")
+    picture = read_picture(hits[1]["file"])
+    explanation = explain_pair(*loaded, picture, CAPTIONS[0])
+    words = [" ".join(text.split()) for text in page.locator("#reasons .word").all_inner_texts()]
+    assert words == [f"{word} {part:+.2f}" for word, part in explanation.words]
+    shown = shown_picture(page)
+    assert difference(shown, draw_heat_map(picture, explanation.heat)) < 20 < difference(shown, picture)
+
+
+def test_an_image_finds_itself_and_a_click_shows_it(open_page, index, archive):
+    page = open_page(expected=UPLOAD_NOISE)
+    file = archive / "Scene_04.png"
+    upload(page, file.read_bytes())
+    hits = index.search_image(read_picture(file), top_k=12)
+    assert labels(page) == expected_labels(hits) and labels(page)[0] == "1. 1.00 shortlist"
+    page.locator("#gallery .thumbnail-item").first.click()
+    assert difference(shown_picture(page), read_picture(file)) < 20
+    assert "Scene_04.png" in page.inner_text("#reasons") and not page.locator("#reasons .word").count()
+
+
+def test_what_cannot_be_searched_gets_a_message_and_the_page_goes_on(open_page):
+    page = open_page(expected=UPLOAD_NOISE)
+    page.click("#ask")
+    assert "Write a sentence first" in message(page)
+    upload(page, b"no image at all")
+    assert "cannot be read as an image" in message(page)
+    page.wait_for_selector("#upload input[type=file]", state="attached")  # the place is free again
+    upload(page, bytes(app.LARGEST_UPLOAD + 1))
+    assert "exceed the maximum allowed size of 10" in message(page)
+    upload(page, png_of_size(60_000, 60_000))
+    assert "pixels expected" in message(page)
+    upload(page, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a.eps")
+    assert "cannot be read as an image" in message(page)
+    page.get_by_role("tab", name="By sentence").click()
+    ask(page, CAPTIONS[1])
+    assert len(labels(page)) == 12
+
+
+def test_filters_and_geojson(open_page, archive):
+    page = open_page()
+    page.click("#filters button")
+    page.get_by_label("SQL condition").fill("no_column > 1")
+    ask(page, CAPTIONS[0])
+    assert "An SQL condition over file, content" in message(page)
+    page.get_by_label("SQL condition").fill("width >= 60")
+    page.get_by_label("Only with geographic bounds").check()
+    page.click("#ask")
+    assert len(labels(page)) == 1
+    with page.expect_download() as download:
+        page.click("#geojson")
+    assert download.value.suggested_filename == "hits.geojson"
+    text = Path(download.value.path()).read_text()
+    assert str(archive) not in text
+    feature = json.loads(text)["features"][0]
+    assert feature["properties"]["file"] == "placed.tif" and feature["properties"]["rank"] == 1
+    assert feature["geometry"]["coordinates"][0][0] == pytest.approx([3.0, 48.75], abs=0.01)
+
+
+def test_names_are_text_and_a_phone_needs_no_sideways_scroll(open_page):
+    page = open_page(viewport={"width": 390, "height": 844})
+    assert has_no_sideways_scroll(page)
+    page.click("#filters button")
+    page.get_by_label("File name contains").fill("ONERROR=alert(1)> it's 100%")
+    page.get_by_text("a curved river with a bridge over it").click()  # an example is searched for at once
+    assert len(labels(page)) == 1
+    page.locator("#gallery .thumbnail-item").click()
+    page.wait_for_selector("#reasons .word")
+    assert HOSTILE_NAME in page.inner_text("#reasons table") and has_no_sideways_scroll(page)
+
+
+def test_too_many_requests_get_a_message(open_page, served):
+    visitor = another_visitor()
+    page = open_page(extra_http_headers=visitor, expected=("429 (Too Many Requests)",))  # Chromium logs the answer
+    with httpx.Client(base_url=served.url, headers=visitor) as client:
+        flood(client)
+    ask(page, CAPTIONS[0])
+    assert f"More than {REQUESTS_PER_MINUTE} requests in a minute" in message(page)
+
+
+# ---- over HTTP
+
+
+@pytest.fixture
+def client(served):
+    with httpx.Client(base_url=served.url, timeout=PATIENCE, headers=another_visitor()) as client:
+        yield client
+
+
+def call(client, name, *data):
+    """What the page answers: its outputs, or its error's text."""
+    endpoints = client.get("/config").json()["dependencies"]
+    number = next(endpoint["id"] for endpoint in endpoints if endpoint["api_name"] == name)
+    session = os.urandom(6).hex()
+    body = {"data": data, "fn_index": number, "session_hash": session}
+    client.post("/gradio_api/queue/join", json=body).raise_for_status()
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as events:
+        for line in events.iter_lines():
+            event = json.loads(line.removeprefix("data: ") or "{}")
+            if event.get("msg") == "process_completed":
+                output = event["output"]
+                return output["data"] if event["success"] else str(output["error"])
+
+
+def captions_of(outputs):
+    gallery = next(part for part in outputs if isinstance(part, dict) and isinstance(part.get("value"), list))
+    return [shown["caption"].split() for shown in gallery["value"]]
+
+
+def flood(client):
+    statuses = [client.post("/gradio_api/queue/join", json={}).status_code for _ in range(REQUESTS_PER_MINUTE + 5)]
+    assert statuses[0] != 429 and statuses[-5:] == [429] * 5
+    return statuses
+
+
+def png_of_size(width, height):
+    """A PNG that says so, without the pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+
+
+def test_stages_and_settings(client, index):
+    shown = captions_of(call(client, "search", CAPTIONS[0], 8, 3, *DEFAULTS[2:]))
+    hits = index.search(CAPTIONS[0], top_k=8, rerank_top_k=3)
+    assert [" ".join(words) for words in shown] == expected_labels(hits)
+    assert [words[2] for words in shown] == ["re-ranked"] * 3 + ["shortlist"] * 5
+    assert "maximum" in call(client, "search", CAPTIONS[0], 10**9, *DEFAULTS[1:])
+
+
+def test_no_file_is_served_but_the_pages_own(client, checkpoint, archive, served):  # noqa: F811
+    secrets = ["/etc/passwd", checkpoint / "config.json", archive / "Scene_00.png", served.index, served.log]
+    paths = [f"/gradio_api/file={secret}" for secret in secrets]
+    paths += [f"/gradio_api/file=/{secret}" for secret in secrets]
+    shown = call(client, "search", CAPTIONS[0], *DEFAULTS)
+    gallery = next(part for part in shown if isinstance(part, dict) and isinstance(part.get("value"), list))
+    thumbnail = gallery["value"][0]["image"]["path"]
+    assert client.get(f"/gradio_api/file={thumbnail}").status_code == 200
+    folder = Path(thumbnail).parent.parent
+    up = "/".join([".."] * len(folder.parts))
+    paths += [f"/gradio_api/file={folder}/{up}{secret}" for secret in secrets]
+    paths += [f"/gradio_api/file={folder}/%2e%2e/%2e%2e{secret}" for secret in secrets]
+    paths += ["/gradio_api/file=app.py", "/gradio_api/file=index.lance", "/gradio_api/file=http://127.0.0.1/"]
+    paths += ["/app.py", "/static/%2e%2e/%2e%2e/%2e%2e/__init__.py", "/assets/..%2f..%2f..%2froutes.py"]
+    paths += ["/gradio_api/proxy=http://127.0.0.1/", "/docs", "/openapi.json", "/monitoring", "/gradio_api/vibe-code"]
+    for path in paths:
+        answer = client.get(path)
+        assert answer.status_code in (403, 404), path
+        assert "detail" in answer.json() and len(answer.content) < 1000, path
+    for path in ("/gradio_api/run/search", "/gradio_api/vibe-edit", "/gradio_api/process_recording", "/login"):
+        assert client.post(path, json={}).status_code == 404
+
+
+def test_an_upload_must_have_been_uploaded(client, checkpoint, archive):  # noqa: F811
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(picture, format="PNG")
+    sent = client.post("/gradio_api/upload", files={"files": ("a.png", picture.getvalue())}).json()[0]
+    upload = {"path": sent, "meta": {"_type": "gradio.FileData"}}
+    assert len(captions_of(call(client, "search_image", upload, *DEFAULTS))) == 12
+    for path in ("/etc/passwd", str(archive / "Scene_00.png"), str(checkpoint / "config.json"), "app.py"):
+        answer = call(client, "search_image", upload | {"path": path}, *DEFAULTS)
+        assert isinstance(answer, str), path
+    elsewhere = upload | {"path": "http://93.184.216.34/photo.png"}
+    assert "not the address" in call(client, "search_image", elsewhere, *DEFAULTS)
+    assert "not the address" in call(client, "search", elsewhere, *DEFAULTS)
+
+
+def test_uploads_and_questions_are_bounded(client):
+    too_large = client.post("/gradio_api/upload", files={"files": ("a.png", bytes(app.LARGEST_UPLOAD + 1))})
+    assert too_large.status_code == 413
+    half = bytes(app.LARGEST_UPLOAD // 2)
+    three = client.post("/gradio_api/upload", files=[("files", (f"{number}.png", half)) for number in range(3)])
+    assert three.status_code == 413 and "At most 10 MB" in three.json()["detail"]
+    question = {"data": ["a" * app.LARGEST_QUESTION]}
+    assert client.post("/gradio_api/queue/join", json=question).status_code == 413
+    unmeasured = client.post("/gradio_api/upload", content=iter([b"a"] * 3))
+    assert unmeasured.status_code == 411
+    assert "up to 500 characters" in call(client, "search", "a" * 501, *DEFAULTS)
+
+
+def test_requests_are_counted_by_visitor_whatever_it_claims(served, client):
+    transport = httpx.HTTPTransport(local_address="127.0.0.2")
+    with httpx.Client(base_url=served.url, transport=transport) as other:
+        flood(other)
+        claim = {"X-Forwarded-For": "198.51.100.7"}
+        assert other.post("/gradio_api/queue/join", json={}, headers=claim).status_code == 429
+        assert other.post("/gradio_api/upload", files={"files": b"a"}).status_code == 429
+        assert other.get("/").status_code == 200
+    assert client.post("/gradio_api/queue/join", json={}).status_code != 429
+
+
+def test_an_image_gone_from_the_archive_is_named_in_the_log_alone(client, archive, served):
+    file = archive / "Scene_03.png"
+    file.rename(archive / "hidden")
+    try:
+        answer = call(client, "search", CAPTIONS[0], *DEFAULTS)
+    finally:
+        (archive / "hidden").rename(file)
+    assert "gone or damaged" in answer and "Scene_03" not in answer
+    assert str(file) in served.log.read_text()
+
+
+# ---- in this process
+
+
+@given(st.text(max_size=20))
+@settings(max_examples=25, deadline=None)
+def test_part_of_a_file_name_is_taken_literally(index, name):
+    names = [Path(row["file"]).name for row in index.rows(columns=["file"])]
+    expected = sum(name.strip().lower() in known.lower() for known in names)
+    assert index.table.count_rows(app.write_filter(name=name)) == expected
+
+
+def test_filters_are_one_condition(index):
+    def passing(**conditions):
+        return sorted(Path(row["file"]).stem for row in index.rows(app.write_filter(**conditions), columns=["file"]))
+
+    assert passing(name="SCENE_0", width=70, height=48) == ["Scene_08", "Scene_09"]
+    assert passing(name="deep") == []  # a folder's name is not the file's
+    assert passing(name="100%") == [Path(HOSTILE_NAME).stem] and passing(placed=True) == ["placed"]
+    assert passing(name="scene_0", where="width = 40 OR width = 45") == ["Scene_00", "Scene_01"]
+    assert app.write_filter() is None
+
+
+WHOLE = {}
+for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"):
+    buffer = io.BytesIO()
+    Image.effect_noise((24, 20), 60).convert("RGB").save(buffer, format=kind)
+    WHOLE[kind] = buffer.getvalue()
+
+
+@given(st.sampled_from(sorted(WHOLE)), st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_damaged_upload_is_an_image_or_a_message(tmp_path_factory, kind, data):
+    content = bytearray(WHOLE[kind])
+    for _ in range(data.draw(st.integers(0, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file = tmp_path_factory.getbasetemp() / "upload"
+    file.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        assert app.read_upload(file).mode == "RGB"
+    except ValueError as error:
+        assert "expected" in str(error)
+
+
+def test_what_app_needs_is_said(tmp_path, checkpoint, capsys):  # noqa: F811
+    with pytest.raises(SystemExit):
+        app.main(["--index", str(tmp_path)])
+    assert "IEFT_MODEL" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="No index at"):
+        app.main(["--model", str(checkpoint), "--index", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="there are none"):
+        app.main(["--model", str(checkpoint), "--index", str(tmp_path / "none"), "--archive", str(tmp_path)])
+
+
+def test_scenes_are_drawn_once(tmp_path):
+    app.draw_archive(tmp_path, 2)
+    first = tmp_path / "0000.png"
+    before = first.read_bytes(), first.stat().st_mtime_ns
+    app.draw_archive(tmp_path, 3)
+    assert (first.read_bytes(), first.stat().st_mtime_ns) == before
+    assert [file.name for file in find_images(tmp_path)] == ["0000.png", "0001.png", "0002.png"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_space_installs_what_setup_names():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = setup["options.extras_require"]
+    named = [setup["options"]["install_requires"], extras["search"], extras["geo"], extras["app"]]
+    wanted = {line for part in named for line in part.split() if not line.startswith(("ieft", "gradio"))}
+    assert set((ROOT / "space" / "requirements.txt").read_text().split()) == wanted
+    card = (ROOT / "space" / "README.md").read_text()
+    version = re.search(r"^sdk_version: (\S+)$", card, re.MULTILINE).group(1)
+    assert f"gradio>={version.rsplit('.', 1)[0]}" in extras["app"] and "app_file: app.py" in card
