@@ -26,7 +26,9 @@ from configuration_ieft import IeftConfig
 from convert_checkpoint import build_model, published_config, read_tensors, rename_published
 from ieft.archives import Limits, extract
 from ieft.bad_rows import describe, usable_rows
-from ieft.index import METADATA, _fetch, check_where
+from ieft.filters import check_where, fetch
+from ieft.index import METADATA
+from ieft.pictures import read_picture
 from ieft.ranking import _ScoreCache
 from ieft.sources import read_source
 from modeling_ieft import IeftForImageTextRetrieval
@@ -111,6 +113,10 @@ def images(folder, data):
     assert open_picture(data).mode == "RGB"
 
 
+def pictures(folder, data):
+    assert read_picture(data).mode == "RGB"
+
+
 def configs(folder, data):
     (folder / "config.json").write_bytes(data)
     config = IeftConfig.from_pretrained(folder)
@@ -135,7 +141,7 @@ def checkpoints(folder, data):
 
 
 def filters(folder, data):
-    _fetch(_table().search().select(["file"]), check_where(data.decode("utf-8", "surrogateescape")))
+    fetch(_table().search().select(["file"]), check_where(data.decode("utf-8", "surrogateescape")))
 
 
 def captions(folder, data):
@@ -321,7 +327,7 @@ def _seed_settings():
 
 TARGETS = {
     annotations: _seed_annotations, tables: _seed_tables, webdataset: _seed_webdataset, archives: _seed_archives,
-    images: _seed_images, configs: _seed_configs, processors: _seed_processors, checkpoints: _seed_checkpoints,
+    images: _seed_images, pictures: _seed_images, configs: _seed_configs, processors: _seed_processors, checkpoints: _seed_checkpoints,
     filters: _seed_filters, captions: _seed_captions, tiles: _seed_tiles, settings: _seed_settings,
 }  # fmt: skip
 TARGETS = {target.__name__: (target, seeds) for target, seeds in TARGETS.items()}
