@@ -61,12 +61,7 @@ class IeftConfig(ViltConfig):
                 f"enhancement_layers must be rising block indices below num_hidden_layers={self.num_hidden_layers}, "
                 f"each once; got {blocks}."
             )
-        if not 0 <= self.first_joint_layer < self.num_hidden_layers:
-            raise ValueError(
-                f"first_joint_layer must be a block index from 0 (the published network) to "
-                f"{self.num_hidden_layers - 1} (num_hidden_layers - 1: at least one block reads caption and image "
-                f"together); got {self.first_joint_layer}."
-            )
+        self.check_first_joint_layer()
         if self.enhancement_num_heads is None:
             heads = range(self.num_attention_heads, 0, -1)
             self.enhancement_num_heads = next(count for count in heads if self.num_patches % count == 0)
@@ -74,6 +69,16 @@ class IeftConfig(ViltConfig):
             raise ValueError(
                 f"enhancement_num_heads must divide the {self.num_patches} patches of a {self.grid_size}x"
                 f"{self.grid_size} grid; got {self.enhancement_num_heads}. Leave it out to have one chosen."
+            )
+
+    def check_first_joint_layer(self):
+        """Raise a ValueError unless it is one of the blocks; networks ask again, since `from_pretrained` sets its
+        keyword arguments unseen."""
+        if not 0 <= self.first_joint_layer < self.num_hidden_layers:
+            raise ValueError(
+                f"first_joint_layer must be a block index from 0 (the published network) to "
+                f"{self.num_hidden_layers - 1} (num_hidden_layers - 1: at least one block reads caption and image "
+                f"together); got {self.first_joint_layer}."
             )
 
     @property

@@ -54,7 +54,8 @@ def load_retrieval_dataset(name_or_path, data_dir=None, **options):
     """The splits of a collection.
 
     Args:
-        name_or_path: scenes, twins, rsicd, rsitmd, ucm, sydney, nwpu; a folder, file or archive; or a dataset on the Hub.
+        name_or_path: scenes, twins, rsicd, rsitmd, ucm, sydney, nwpu; a folder, file or archive; or a dataset on
+            the Hub.
         data_dir: the distributed folder, zip or tar of a named dataset.
         options: as `load_and_check`.
 
@@ -374,7 +375,7 @@ def push_folder(folder, repo_id, *, private=None):
 def main(arguments=None):
     """Read, check, write, push; 0, or 1 with the reason on the screen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name_or_path", help="scenes, twins, a benchmark's name, a folder, file or archive, or user/name")
+    parser.add_argument("name_or_path", help="scenes, twins, a benchmark, a folder, file or archive, or user/name")
     parser.add_argument("--data_dir", help="the distributed folder, zip or tar of a named benchmark")
     parser.add_argument("--output_dir", required=True, help="parquet shards, dataset card and bad_rows.json go here")
     parser.add_argument("--push_to_hub", metavar="USER/NAME", help="also push them there")

@@ -30,8 +30,9 @@ from ieft.bad_rows import BadRowsError, save_bad_rows
 from ieft.batches import EvaluationSet, TrainingItems, learn_tokenizer
 from ieft.distillation import check_teacher
 from ieft.hub import push_folder, write_model_card
-from ieft.report import ranked_sheet, recall_table, training_curves
+from ieft.report import ranked_sheet, recall_table, training_curves, two_stage_table
 from ieft.trainer import IeftTrainer, IeftTrainingArguments
+from ieft.two_stage import choose_similarity_weight, compare_stages, make_shortlists
 from modeling_ieft import IeftForImageTextRetrieval
 from prepare_datasets import load_and_check
 from processing_ieft import IeftImageProcessor, IeftProcessor, to_rgb
@@ -105,7 +106,7 @@ class ModelArguments:
     network: str = field(
         default="base",
         metadata={
-            "help": "base, the published one, or tiny (the default for scenes and twins).",
+            "help": "base, the published one, or tiny (the default for synthetic scenes).",
             "choices": list(NETWORKS),
         },
     )
@@ -125,6 +126,10 @@ class ModelArguments:
     )
     fit: str | None = field(
         default=None, metadata={"help": "Images that are not square: crop (default) or squash, or as the checkpoint."}
+    )
+    enhancement_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "From scratch: blocks that a visual enhancement stage precedes, other than the network's."},
     )
     contrastive_dim: int = field(
         default=256,
@@ -167,6 +172,13 @@ class DataArguments:
             "choices": ["stop", "skip"],
         },
     )
+    rerank_top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "Also judge two-stage retrieval on the test split: this many candidates by embedding, re-ranked "
+            "by the network. Needs contrastive heads."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many validation images."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use this many test images."})
@@ -186,6 +198,8 @@ def main(arguments=None):
         splits, bad_rows = load_splits(data_args, args)
         others = load_others(data_args, splits)
     model, processor = load_model(model_args, args, splits["train"]["captions"])
+    if data_args.rerank_top_k and not model.config.contrastive_dim:
+        raise ValueError("--rerank_top_k needs contrastive heads: train with --contrastive_weight 1.")
     teacher = load_teacher(model_args, args, model, processor)
     trainer = make_trainer(model, processor, splits, args, teacher)
     if args.do_train:
@@ -195,6 +209,8 @@ def main(arguments=None):
     if args.do_eval:
         save_results(trainer, "eval", trainer.evaluate(), data_args)
     results = predict(trainer, processor, splits["test"], data_args, len(bad_rows)) if args.do_predict else None
+    if args.do_predict and data_args.rerank_top_k:
+        results["two_stage"] = judge_two_stage(trainer, processor, splits, results, data_args)
     if args.do_predict and others:
         results["eval_datasets"] = rank_others(trainer, processor, others, data_args)
     if trainer.is_world_process_zero():
@@ -340,6 +356,8 @@ def load_model(model_args, args, captions):
     tokenizer = learn_tokenizer(caption for of_image in captions for caption in of_image)
     network = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | NETWORKS[model_args.network]
     network["first_joint_layer"] = model_args.first_joint_layer or 0
+    if model_args.enhancement_layers is not None:
+        network["enhancement_layers"] = model_args.enhancement_layers
     model = IeftForImageTextRetrieval(IeftConfig(**network, contrastive_dim=contrastive_dim))
     image_processor = IeftImageProcessor(model.config.image_size, model_args.fit or "crop")
     return model, IeftProcessor(image_processor, tokenizer)
@@ -411,6 +429,23 @@ def predict(trainer, processor, test, data_args, num_bad_rows):
             training_curves(trainer.state.log_history, folder / "training.png")
         print(recall_table(results))
     return results
+
+
+def judge_two_stage(trainer, processor, splits, results, data_args):
+    """Shortlist, re-ranking and both fused beside the exhaustive `results`: a table, and `two_stage.json`.
+
+    How much the similarity counts beside the network's score is chosen on validation.
+    """
+    model, options = trainer.accelerator.unwrap_model(trainer.model), trainer.ranking_options()
+    sets = {name: EvaluationSet.from_split(splits[name], processor) for name in ("validation", "test")}
+    shortlists = {name: make_shortlists(model, each, data_args.rerank_top_k, **options) for name, each in sets.items()}
+    weight = choose_similarity_weight(shortlists["validation"], sets["validation"])
+    judged = compare_stages(shortlists["test"], sets["test"], similarity_weight=weight)
+    judged |= {"rerank_top_k": data_args.rerank_top_k, "exhaustive": results}
+    if trainer.is_world_process_zero():
+        write_json(Path(trainer.args.output_dir) / "two_stage.json", judged)
+        print(two_stage_table(judged))
+    return judged
 
 
 def save_results(trainer, name, results, data_args):

@@ -143,13 +143,18 @@ class TrainingItems(Dataset):
     def __len__(self):
         return len(self.caption_tokens)
 
+    @property
+    def epoch(self):
+        """The epoch that is drawn."""
+        return int(self._epoch)
+
     def set_epoch(self, epoch):
         """Choose the epoch whose augmentations and negatives are drawn."""
         self._epoch[0] = epoch
 
     def __getitem__(self, item):
         """Keys `pixel_values` (3, S, S), `image` (its row), `captions` (1 + num_negatives,) own caption first."""
-        generator = np.random.default_rng([self.seed, int(self._epoch), item])
+        generator = np.random.default_rng([self.seed, self.epoch, item])
         image = int(self.caption_image[item])
         return {
             "pixel_values": self._augmented(image, generator),

@@ -19,7 +19,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ieft.distillation import group_divergence, listwise_divergence
 from ieft.metrics import retrieval_recalls
+from ieft.neighbours import NeighbourSampler
 from ieft.ranking import score_matrix
+
+BATCHES = ("shuffled", "neighbours")
 
 
 @dataclass
@@ -49,6 +52,13 @@ class IeftTrainingArguments(TrainingArguments):
     mining_start: float = field(
         default=0.5, metadata={"help": "With the contrastive loss: share of the steps before groups are mined."}
     )
+    batches: str = field(
+        default="shuffled",
+        metadata={
+            "help": "shuffled, as published; neighbours: captions that share most words come in one batch.",
+            "choices": list(BATCHES),
+        },
+    )
     groups_per_step: int | None = field(
         default=None,
         metadata={"help": "With the contrastive loss: groups ranked in a step; None: as many as fill the batch."},
@@ -75,6 +85,11 @@ class IeftTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the model's keyword arguments are about pairs, not about losses
         self.add_callback(_EpochOfItems(train_dataset))
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(args.device)
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.batches == "neighbours":
+            return NeighbourSampler(self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one batch from `TrainingItems.collate`, a scalar."""
@@ -173,11 +188,16 @@ class IeftTrainer(Trainer):
 
     def score(self, evaluation_set, **options):
         """Every image with every caption: float32 (I, C), the same on every process. Options as `score_matrix`."""
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        workers = self.args.dataloader_num_workers
-        options = {"dtype": dtype, "progress": not self.args.disable_tqdm, "num_workers": workers} | options
         model = self.accelerator.unwrap_model(self.model)
+        options = self.ranking_options() | options
         return score_matrix(model, evaluation_set.images, evaluation_set.caption_tokens, **options)
+
+    def ranking_options(self):
+        """How the arguments want `ieft.ranking` to compute."""
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        return {
+            "dtype": dtype, "progress": not self.args.disable_tqdm, "num_workers": self.args.dataloader_num_workers
+        }  # fmt: skip
 
     @staticmethod
     def recalls(evaluation_set, scores):

@@ -3,9 +3,9 @@
 In: a seed and an index. Out: a scene as those of `ieft.scenes`, whose sentences name every fact. It knows nothing of
 datasets, networks or files.
 
-A family is a plan and what becomes of it when one fact changes: a count, a colour, the ground, the bend or the bridge of
-a line, or which of two things has which count or colour. Each twin is drawn afresh, so that only the facts tell them
-apart.
+A family is a plan and what becomes of it when one fact changes: a count, a colour, the ground, the bend or the bridge
+of a line, or which of two things has which count or colour. Each twin is drawn afresh, so that only the facts tell
+them apart.
 """
 
 from dataclasses import replace

@@ -230,6 +230,8 @@ def test_one_checkpoint_starts_every_join(tmp_path):
     make_model(0).save_pretrained(tmp_path)
     loaded = IeftForImageTextRetrieval.from_pretrained(tmp_path, first_joint_layer=3)
     torch.testing.assert_close(loaded(**make_inputs()).logits, make_model(3)(**make_inputs()).logits)
+    with pytest.raises(ValueError, match=f"got {NUM_BLOCKS}"):
+        IeftForImageTextRetrieval.from_pretrained(tmp_path, first_joint_layer=NUM_BLOCKS)
     loaded.save_pretrained(tmp_path / "late")
     again = IeftForImageTextRetrieval.from_pretrained(tmp_path / "late")
     assert again.config.first_joint_layer == 3 and torch.equal(

@@ -16,6 +16,8 @@ LAYERS = {
     "ieft.metrics": 0,
     "ieft.scenes": 0,
     "ieft.twins": 1,
+    "ieft.neighbours": 0,
+    "ieft.two_stage": 2,
     "ieft.prepacked": 0,
     "ieft.ranking": 1,
     "ieft.batches": 2,

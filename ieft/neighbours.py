@@ -1,0 +1,71 @@
+"""An order of training captions in which those that nearly say the same come together.
+
+In: captions as token ids, and who carries which sentence. Out: the order of one epoch, every caption once. It knows
+nothing of images, networks or batches.
+
+A batch cut from such an order holds hard negatives, whichever loss looks for them; the neighbours are lexical, so that
+nothing has to be computed again as the network learns, and a resumed run has the same order. Batches of neighbours:
+Yuksekgonul et al., "When and Why Vision-Language Models Behave like Bags-of-Words", ICLR 2023.
+"""
+
+import numpy as np
+from torch.utils.data import Sampler
+
+GROUP = 8  # captions that come together: several groups share a batch
+
+
+class NeighbourSampler(Sampler):
+    """Rows of `items` (`ieft.batches.TrainingItems`), drawn from its seed and epoch whenever it is iterated."""
+
+    def __init__(self, items, *, group=GROUP):
+        self.items = items
+        self.group = group
+        self.postings, self.idf, self.norms = weigh_words(items.caption_tokens)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __iter__(self):
+        items = self.items
+        generator = np.random.default_rng([items.seed, items.epoch, 1])
+        free = np.ones(len(items), dtype=bool)
+        for anchor in generator.permutation(len(items)):
+            if free[anchor]:
+                free[anchor] = False
+                neighbours = self.find_neighbours(anchor, free)
+                free[neighbours] = False
+                yield from [int(anchor), *neighbours.tolist()]
+
+    def find_neighbours(self, anchor, free):
+        """Up to `group` - 1 of the free captions that share most words with one, the nearest first.
+
+        A caption of the same image, or of a sentence that the image carries, is none: it would be no negative.
+        """
+        similarity = np.zeros(len(self.items), dtype=np.float32)
+        for token in set(self.items.caption_tokens[anchor]):
+            rows = self.postings[token]
+            similarity[rows] += self.idf[token] ** 2 / self.norms[rows]
+        image = self.items.caption_image[anchor]
+        right = np.isin(self.items.caption_text_id, self.items.image_text_ids[image])
+        similarity[~free | right] = -1.0
+        nearest = np.argpartition(-similarity, min(self.group, len(similarity)) - 1)[: self.group - 1]
+        nearest = nearest[similarity[nearest] >= 0]
+        return nearest[np.argsort(-similarity[nearest], kind="stable")]
+
+
+def weigh_words(captions):
+    """What the cosine of two captions' words needs, a word weighing the more the fewer captions have it.
+
+    Returns:
+        token -> (N,) rows of the captions that have it; token -> log(captions / captions that have it); (C,) norms.
+    """
+    postings = {}
+    for row, tokens in enumerate(captions):
+        for token in set(tokens):
+            postings.setdefault(token, []).append(row)
+    postings = {token: np.array(rows) for token, rows in postings.items()}
+    idf = {token: float(np.log(len(captions) / len(rows))) for token, rows in postings.items()}
+    squares = np.zeros(len(captions), dtype=np.float32)
+    for token, rows in postings.items():
+        squares[rows] += idf[token] ** 2
+    return postings, idf, np.sqrt(squares).clip(min=1e-6)
