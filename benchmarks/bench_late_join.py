@@ -51,8 +51,8 @@ SMALL_NETWORK = {
     "hidden_dropout_prob": 0.0, "contrastive_dim": 64,
 }  # fmt: skip
 RECIPE = {
-    "learning_rate": 2e-3, "weight_decay": 0.01, "adam_beta2": 0.98, "warmup_steps": 0.1, "contrastive_weight": 1.0,
-    "num_negatives": 9, "groups_per_step": 1, "use_cpu": True, "report_to": "none", "remove_unused_columns": False,
+    "learning_rate": 2e-3, "weight_decay": 0.01, "adam_beta2": 0.98, "warmup_steps": 0.1, "contrastive_weight": 0.5,
+    "batches": "neighbours", "num_negatives": 7, "groups_per_step": 2, "mining_start": 0.2, "use_cpu": True, "report_to": "none", "remove_unused_columns": False,
     "save_strategy": "no", "logging_steps": 50,
 }  # fmt: skip
 SETTINGS = ("steps", "batch", "queries")  # runs of other settings are other runs
