@@ -45,6 +45,7 @@ from processing_ieft import IeftImageProcessor, IeftProcessor
 
 TYPICAL_LENGTH = 15  # tokens of a caption
 SHORTLIST = 32
+IMAGES_AT_ONCE = 128
 SMALL_NETWORK = {
     "image_size": 96, "patch_size": 24, "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2,
     "intermediate_size": 128, "enhancement_layers": [1, 2, 3], "enhancement_mlp_ratio": 2, "initializer_range": 0.08,
@@ -52,8 +53,8 @@ SMALL_NETWORK = {
 }  # fmt: skip
 RECIPE = {
     "learning_rate": 2e-3, "weight_decay": 0.01, "adam_beta2": 0.98, "warmup_steps": 0.1, "contrastive_weight": 0.5,
-    "batches": "neighbours", "num_negatives": 7, "groups_per_step": 2, "mining_start": 0.2, "use_cpu": True, "report_to": "none", "remove_unused_columns": False,
-    "save_strategy": "no", "logging_steps": 50,
+    "batches": "neighbours", "num_negatives": 7, "groups_per_step": 2, "mining_start": 0.2, "use_cpu": True,
+    "report_to": "none", "remove_unused_columns": False, "save_strategy": "no", "logging_steps": 50,
 }  # fmt: skip
 SETTINGS = ("steps", "batch", "queries")  # runs of other settings are other runs
 
@@ -136,25 +137,27 @@ def count_operations(model, pixels):
 
 
 def time_pairs(network, state, seconds):
-    """Pairs a core-second whose halves are prepared: an image with many captions, and a caption with many images."""
+    """Pairs a core-second whose halves are prepared: an image with many captions, and a caption with many images.
+
+    Where all tokens of pairs are computed, one way is as the other.
+    """
     count = 1024 if network.config.joins_last else ranking.BATCH_TOKENS // (TYPICAL_LENGTH + len(state))
-    ids = torch.randint(1000, 30000, (count, TYPICAL_LENGTH))
-    captions = network.prepare_captions(ids)
-    images = network.prepare_images(image_states=state.expand(min(count, 128), -1, -1))
-    sides = {
-        "pairs_per_second": (captions, images.take([0])),
-        "pairs_per_second_of_a_caption": (captions.take([0]), images),
-    }
-    rates = {}
-    for name, pair in sides.items():
-        network.score_prepared(*pair)
-        best, end = 0.0, time.process_time() + seconds
-        while not best or time.process_time() < end:
-            start = time.process_time()
-            scored = len(network.score_prepared(*pair))
-            best = max(best, scored / (time.process_time() - start))
-        rates[name] = best
+    captions = network.prepare_captions(torch.randint(1000, 30000, (count, TYPICAL_LENGTH)))
+    rates = {"pairs_per_second": rate(network, captions, network.prepare_images(image_states=state[None]), seconds)}
+    if network.config.joins_last:
+        images = network.prepare_images(image_states=state.expand(IMAGES_AT_ONCE, -1, -1))
+        rates["pairs_per_second_of_a_caption"] = rate(network, captions.take([0]), images, seconds)
     return rates
+
+
+def rate(network, captions, images, seconds):
+    network.score_prepared(captions.take([0]), images.take([0]))
+    best, end = 0.0, time.process_time() + seconds
+    while not best or time.process_time() < end:
+        start = time.process_time()
+        scored = len(network.score_prepared(captions, images))
+        best = max(best, scored / (time.process_time() - start))
+    return best
 
 
 # Recall --------------------------------------------------------------------------------------------------------------
