@@ -294,8 +294,8 @@ def print_speeds(speeds):
     for join, each in sorted(speeds.items()):
         shown = each["pairs_per_second"]
         print(
-            f"| {join} | {each['gflop_pair']:.3g} | {shown:,.1f} | {shown / base:,.1f} | {each['gflop_image']:.1f} GFLOP "
-            f"| {each['bytes_bf16']:,} | {each['bytes_int8']:,} |"
+            f"| {join} | {each['gflop_pair']:.3g} | {shown:,.1f} | {shown / base:,.1f} | {each['gflop_image']:.1f} "
+            f"GFLOP | {each['bytes_bf16']:,} | {each['bytes_int8']:,} |"
         )
 
 
