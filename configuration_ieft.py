@@ -22,6 +22,7 @@ SIZES = {
     "type_vocab_size": (1, 2**16),
     "modality_type_vocab_size": (2, 2**16),
     "contrastive_dim": (0, 2**16),
+    "first_joint_layer": (0, 2**10),
 }
 # Other numbers and their ranges.
 NUMBERS = {
@@ -99,12 +100,7 @@ class IeftConfig(ViltConfig):
                 f"enhancement_layers must be rising block indices below num_hidden_layers={self.num_hidden_layers}, "
                 f"each once; got {blocks}."
             )
-        if not 0 <= self.first_joint_layer < self.num_hidden_layers:
-            raise ValueError(
-                f"first_joint_layer must be a block index from 0 (the published network) to "
-                f"{self.num_hidden_layers - 1} (num_hidden_layers - 1: at least one block reads caption and image "
-                f"together); got {self.first_joint_layer}."
-            )
+        self.check_first_joint_layer()
         if self.enhancement_num_heads is None:
             heads = range(self.num_attention_heads, 0, -1)
             self.enhancement_num_heads = next(count for count in heads if self.num_patches % count == 0)
@@ -172,6 +168,16 @@ class IeftConfig(ViltConfig):
         if not isinstance(config_dict, dict):
             raise OSError(f"{json_file} must hold a JSON object; it holds a {type(config_dict).__name__}.")
         return config_dict
+
+    def check_first_joint_layer(self):
+        """Raise a ValueError unless it is one of the blocks; networks ask again, since `from_pretrained` sets its
+        keyword arguments unseen."""
+        if not 0 <= self.first_joint_layer < self.num_hidden_layers:
+            raise ValueError(
+                f"first_joint_layer must be a block index from 0 (the published network) to "
+                f"{self.num_hidden_layers - 1} (num_hidden_layers - 1: at least one block reads caption and image "
+                f"together); got {self.first_joint_layer}."
+            )
 
     @property
     def joins_last(self):

@@ -269,6 +269,7 @@ class IeftEncoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        config.check_first_joint_layer()
         self.num_patches = config.num_patches
         self.enhancement_layers = config.enhancement_layers
         self.layer = nn.ModuleList(

@@ -328,6 +328,7 @@ def _seed_settings():
 TARGETS = {
     annotations: _seed_annotations, tables: _seed_tables, webdataset: _seed_webdataset, archives: _seed_archives,
     images: _seed_images, pictures: _seed_images, configs: _seed_configs, processors: _seed_processors,
-    checkpoints: _seed_checkpoints, filters: _seed_filters, captions: _seed_captions, tiles: _seed_tiles, settings: _seed_settings,
+    checkpoints: _seed_checkpoints, filters: _seed_filters, captions: _seed_captions, tiles: _seed_tiles,
+    settings: _seed_settings,
 }  # fmt: skip
 TARGETS = {target.__name__: (target, seeds) for target, seeds in TARGETS.items()}

@@ -190,7 +190,7 @@ def _score_tile(model, pixels, captions, rows, columns, batch_tokens):
     """Scores of a tile's pairs; `rows` are those of `pixels`, which may be states."""
     pixels = pixels.to(model.device)
     images = model.prepare_images(pixels) if pixels.dim() == 4 else model.prepare_images(image_states=pixels)
-    scores = torch.empty(len(rows), dtype=torch.float32, device=model.device)
+    scores = torch.full((len(rows),), torch.nan, device=model.device)  # a pair left out would show
     score_batches = _score_groups if model.config.joins_last else _score_alike
     for places, of_places in score_batches(model, images, captions, rows, columns, batch_tokens):
         scores[torch.from_numpy(places).to(model.device)] = of_places.float()

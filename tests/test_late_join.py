@@ -90,11 +90,13 @@ def test_attentions_stay_within_each_side_below_the_join(join):
 def test_any_pairing_equals_row_by_row(join):
     model, inputs = make_model(join), make_inputs()
     images, captions = torch.tensor([2, 0, 0, 1]), torch.tensor([1, 1, 2, 0])
-    paired = model(**inputs, pair_images=images, pair_captions=captions, output_hidden_states=True)
+    options = {"output_hidden_states": True, "output_attentions": True}
+    paired = model(**inputs, pair_images=images, pair_captions=captions, **options)
     rows = model(inputs["input_ids"][captions], inputs["attention_mask"][captions],
-                 pixel_values=inputs["pixel_values"][images], output_hidden_states=True)  # fmt: skip
+                 pixel_values=inputs["pixel_values"][images], **options)  # fmt: skip
     torch.testing.assert_close(paired.logits, rows.logits)
     torch.testing.assert_close(paired.hidden_states[1], rows.hidden_states[1])
+    torch.testing.assert_close(paired.attentions[0], rows.attentions[0])
 
 
 @torch.no_grad()
@@ -230,6 +232,8 @@ def test_one_checkpoint_starts_every_join(tmp_path):
     make_model(0).save_pretrained(tmp_path)
     loaded = IeftForImageTextRetrieval.from_pretrained(tmp_path, first_joint_layer=3)
     torch.testing.assert_close(loaded(**make_inputs()).logits, make_model(3)(**make_inputs()).logits)
+    with pytest.raises(ValueError, match=f"got {NUM_BLOCKS}"):
+        IeftForImageTextRetrieval.from_pretrained(tmp_path, first_joint_layer=NUM_BLOCKS)
     loaded.save_pretrained(tmp_path / "late")
     again = IeftForImageTextRetrieval.from_pretrained(tmp_path / "late")
     assert again.config.first_joint_layer == 3 and torch.equal(
