@@ -253,7 +253,8 @@ class ImageIndex:
         """Images for a sentence: a shortlist by embedding, its first `rerank_top_k` re-ranked by the network.
 
         Args:
-            similarity_weight: how much of the embeddings' similarity is added to the network's score.
+            similarity_weight: how much of the embeddings' similarity, scaled as the contrastive loss does, is added to
+                the network's score; `run_retrieval.py --rerank_top_k` chooses one on validation data.
 
         Returns:
             Hits: as `shortlist`, with `rank` from 1, `stage`, "re-ranked" or "shortlist", and `score`, the network's
@@ -272,7 +273,7 @@ class ImageIndex:
         if rerank_top_k:
             with _clock(seconds, "re-rank"):
                 scores = self._score_images(caption, nearest[:rerank_top_k])
-                nearest = _rerank(scores, nearest, similarity_weight)
+                nearest = _rerank(scores, nearest, similarity_weight * self.model.similarity_scale().item())
         return self._merged(nearest, vector, top_k, where, seconds)
 
     def search_image(self, image, *, top_k=10, where=None):
@@ -298,7 +299,7 @@ class ImageIndex:
         if rerank_top_k and nearest:
             with _clock(seconds, "re-rank"):
                 scores = self._score_captions(image, [hit["caption"] for hit in nearest[:rerank_top_k]])
-                nearest = _rerank(scores, nearest, similarity_weight)
+                nearest = _rerank(scores, nearest, similarity_weight * self.model.similarity_scale().item())
         return Hits(_ranked(nearest)[:top_k], seconds)
 
     def _score_images(self, caption, hits):
