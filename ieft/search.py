@@ -50,7 +50,10 @@ def build_parser():
         "--where", help="SQL over the columns that `info` names: \"width >= 256 AND file LIKE '%%port%%'\""
     )
     query.add_argument(
-        "--similarity_weight", type=float, default=0.0, help="of the embeddings' similarity in the score, as run_retrieval.py --rerank_top_k finds it"
+        "--similarity_weight",
+        type=float,
+        default=0.0,
+        help="of the embeddings' similarity in the score; run_retrieval.py --rerank_top_k finds one",
     )
     query.add_argument("--explain", help="a folder for heat maps of why each hit was found")
     query.add_argument("--json", action="store_true", help="JSON instead of the table")
