@@ -8,6 +8,7 @@ them, of the process and its workers together.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -29,7 +30,7 @@ from prepare_datasets import load_retrieval_dataset
 from processing_ieft import IeftImageProcessor, IeftProcessor
 
 SAMPLES = 40
-COLUMNS = ("step", "megabytes", "files", "processes", "checkpoints", "kilobytes on disk")
+COLUMNS = ("step", "megabytes", "tensors", "files", "processes", "checkpoints", "kilobytes on disk")
 
 
 def main():
@@ -67,7 +68,7 @@ def summarise(samples):
     steps, megabytes = ([sample[name] for sample in later] for name in ("step", "megabytes"))
     per_thousand = float(np.polyfit(steps, megabytes, 1)[0]) * 1000
     most = {f"most {name}": max(sample[name] for sample in later) for name in COLUMNS[1:]}
-    least = {f"least {name}": min(sample[name] for sample in later) for name in COLUMNS[1:4]}
+    least = {f"least {name}": min(sample[name] for sample in later) for name in COLUMNS[1:5]}
     return {"megabytes per 1000 steps": round(per_thousand, 3)} | most | least
 
 
@@ -79,11 +80,13 @@ class Sampler(TrainerCallback):
         self.samples = []
 
     def on_save(self, args, state, control, **kwargs):
+        gc.collect()
         process = psutil.Process()
         family = [process, *process.children(recursive=True)]
         figures = (
             state.global_step,
             sum(each.memory_info().rss for each in family) / 1e6,
+            sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()),
             process.num_fds(),
             len(family),
             len(list(self.folder.glob("checkpoint-*"))),
