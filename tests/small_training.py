@@ -44,7 +44,7 @@ def start(folder, *, call=None, rank=0, world=1, port=None, **options):
     return process
 
 
-def finish(*processes, seconds=240):
+def finish(*processes, seconds=900):
     """Exit codes."""
     for process in processes:
         process.join(seconds)
