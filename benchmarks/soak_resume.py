@@ -59,6 +59,9 @@ def main():
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     PROCESSES.set_forkserver_preload(["run_retrieval"])
+    warm_up = PROCESSES.Process(target=platform.python_version)  # so that importing is not counted as running
+    warm_up.start()
+    warm_up.join()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         save_start(folder / "start")
