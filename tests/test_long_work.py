@@ -20,9 +20,10 @@ def test_memory_files_processes_and_checkpoints_stay_what_they_are(tmp_path):
     samples = json.loads((tmp_path / "samples.json").read_text())
     found = summarise(samples)
     assert [sample["step"] for sample in samples] == list(range(EVERY, STEPS + 1, EVERY))
-    # A batch has eight, and one or two more are on their way at one moment than at another; 45 steps would keep 360.
+    # A batch has eight tensors, each in a shared file, and one or two batches more are on their way from the worker at
+    # one moment than at another; kept ones would be 360 by the end.
     assert found["most tensors"] - found["least tensors"] <= 24
-    assert found["most files"] - found["least files"] <= 2
+    assert found["most files"] - found["least files"] <= 24
     assert found["most processes"] == found["least processes"] == 2  # the run and its worker
     assert found["most checkpoints"] == 2
     assert found["most megabytes"] - found["least megabytes"] < 40
