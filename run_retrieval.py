@@ -466,9 +466,9 @@ def find_checkpoint(args):
             f"{args.output_dir} holds an earlier run, which is not written over. Pass --resume_from_checkpoint true "
             "to go on from its last checkpoint, or another --output_dir."
         )
-    for damage in damages:
+    for damage in damages if args.should_log else ():
         logger.warning("Not whole, and not gone on from: %s.", damage)
-    if damages or last:
+    if (damages or last) and args.should_log:
         logger.warning("Going on from %s.", last or "the beginning: no checkpoint is whole")
     return last
 

@@ -2,12 +2,13 @@
 
     python benchmarks/soak_long.py --steps 10000
 
-In: how many steps. Out: a table, then one JSON line. A network of a few thousand parameters trains on 16 scenes with a
+In: how many steps. Out: a table, then one JSON line. A network of a few thousand parameters trains on 4 scenes with a
 worker that outlives its epoch, a ranking and a checkpoint every fortieth of the way; figures are taken at each of
 them, of the process and its workers together.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -28,8 +29,7 @@ from modeling_ieft import IeftForImageTextRetrieval
 from prepare_datasets import load_retrieval_dataset
 from processing_ieft import IeftImageProcessor, IeftProcessor
 
-SAMPLES = 40
-COLUMNS = ("step", "megabytes", "files", "processes", "checkpoints", "kilobytes on disk")
+COLUMNS = ("step", "megabytes", "tensors", "files", "processes", "checkpoints", "kilobytes on disk")
 
 
 def main():
@@ -39,7 +39,7 @@ def main():
     torch.set_num_threads(1)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        samples = measure(folder, args.steps)
+        samples = measure(folder, args.steps, every=max(1, args.steps // 40))
     print("".join(f"{name:>20}" for name in COLUMNS))
     for sample in samples:
         print("".join(f"{sample[name]:>20,.1f}" for name in COLUMNS))
@@ -52,9 +52,9 @@ def main():
     print("\n" + json.dumps(measured | summarise(samples) | versions))
 
 
-def measure(folder, steps):
+def measure(folder, steps, *, every):
     """Train, and sample: a list of dicts with `COLUMNS`."""
-    trainer = make_trainer(folder, steps)
+    trainer = make_trainer(folder, steps, every)
     sampler = Sampler(Path(folder))
     trainer.add_callback(sampler)
     trainer.train()
@@ -67,7 +67,7 @@ def summarise(samples):
     steps, megabytes = ([sample[name] for sample in later] for name in ("step", "megabytes"))
     per_thousand = float(np.polyfit(steps, megabytes, 1)[0]) * 1000
     most = {f"most {name}": max(sample[name] for sample in later) for name in COLUMNS[1:]}
-    least = {f"least {name}": min(sample[name] for sample in later) for name in COLUMNS[1:4]}
+    least = {f"least {name}": min(sample[name] for sample in later) for name in COLUMNS[1:5]}
     return {"megabytes per 1000 steps": round(per_thousand, 3)} | most | least
 
 
@@ -79,11 +79,13 @@ class Sampler(TrainerCallback):
         self.samples = []
 
     def on_save(self, args, state, control, **kwargs):
+        gc.collect()
         process = psutil.Process()
         family = [process, *process.children(recursive=True)]
         figures = (
             state.global_step,
             sum(each.memory_info().rss for each in family) / 1e6,
+            sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()),
             process.num_fds(),
             len(family),
             len(list(self.folder.glob("checkpoint-*"))),
@@ -92,9 +94,9 @@ class Sampler(TrainerCallback):
         self.samples.append(dict(zip(COLUMNS, figures, strict=True)))
 
 
-def make_trainer(folder, steps):
+def make_trainer(folder, steps, every):
     splits = load_retrieval_dataset("scenes")
-    train, validation = splits["train"].select(range(16)), splits["validation"].select(range(2))
+    train, validation = splits["train"].select(range(4)), splits["validation"].select(range(2))
     tokenizer = learn_tokenizer(caption for of_image in train["captions"] for caption in of_image)
     processor = IeftProcessor(IeftImageProcessor(image_size=16), tokenizer)
     config = IeftConfig(
@@ -102,7 +104,6 @@ def make_trainer(folder, steps):
         num_attention_heads=1, intermediate_size=8, image_size=16, patch_size=8, enhancement_layers=[0],
         enhancement_mlp_ratio=1, contrastive_dim=4,
     )  # fmt: skip
-    every = max(1, steps // SAMPLES)
     args = IeftTrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-3,
         contrastive_weight=1.0, num_negatives=1, augmentation="turns", use_cpu=True, disable_tqdm=True,

@@ -53,7 +53,7 @@ def find_damage(checkpoint):
     if STATE not in names:
         return f"{STATE}, which is written last, is missing"
     # Of one process or sharded; DeepSpeed's are in global_step*, and hold the weights too.
-    if not any(name.startswith(("model", "pytorch_model", "global_step")) for name in names):
+    if not any(name.startswith(("model.", "model-", "pytorch_model", "global_step")) for name in names):
         return "it holds no weights"
     if not any(name.startswith(("optimizer", "global_step")) for name in names):
         return "it holds no state of the optimizer (start another run from its weights: --model_name_or_path)"

@@ -113,7 +113,7 @@ class IeftTrainer(Trainer):
         was killed and goes on. Drawn from the global generator, that would shift all dropout after it.
         """
         loader = super().get_train_dataloader()
-        loader.generator = torch.Generator().manual_seed(self.args.seed)
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -44,7 +44,7 @@ def start(folder, *, call=None, rank=0, world=1, port=None, **options):
     return process
 
 
-def finish(*processes, seconds=240):
+def finish(*processes, seconds=900):
     """Exit codes."""
     for process in processes:
         process.join(seconds)
@@ -91,6 +91,7 @@ def _in_process(folder, call, rank, world, port, options):
     output = open(Path(folder) / f"printed{rank}.txt", "a", buffering=1)  # noqa: SIM115, it outlives this function
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
+    sys.stdout = sys.stderr = output
     torch.set_num_threads(1)
     if world > 1:
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}

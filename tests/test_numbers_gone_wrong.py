@@ -14,15 +14,14 @@ from transformers import TrainerCallback
 from ieft.checkpoints import find_last_checkpoint
 
 
-class At(TrainerCallback):
-    """Calls something at one moment of one step."""
+def at(trainer, event, step, call):
+    """Call something at one moment of one step."""
 
-    def __init__(self, event, step, call):
-        def act(args, state, control, **kwargs):
-            if state.global_step == step:
-                call()
+    def act(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            call()
 
-        setattr(self, event, act)
+    trainer.add_callback(type(f"At{event}{step}", (TrainerCallback,), {event: act})())
 
 
 def poisoned(trainer, item):
@@ -77,7 +76,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_batch_and_file(tmp_pat
 def test_a_gradient_that_is_no_number_stops_the_run_before_the_optimizer(tmp_path):
     trainer = make_trainer(tmp_path)
     spoil = lambda: trainer.model.rank_output.weight.register_hook(lambda gradient: gradient * torch.inf)  # noqa: E731
-    trainer.add_callback(At("on_step_begin", 4, spoil))
+    at(trainer, "on_step_begin", 4, spoil)
     with pytest.raises(FloatingPointError, match="gradient's norm is (inf|nan).* in step 5"):
         trainer.train()
     assert len(report(tmp_path)["batch"]) == 4
@@ -93,7 +92,7 @@ def test_weights_that_overflow_are_never_saved(tmp_path):
         with torch.no_grad():
             trainer.model.rank_output.weight[0, 0] = torch.inf
 
-    trainer.add_callback(At("on_optimizer_step", 5, overflow))
+    at(trainer, "on_optimizer_step", 5, overflow)
     with pytest.raises(FloatingPointError, match="rank_output.weight is not finite. The checkpoint is not written"):
         trainer.train()
     assert_checkpoints_are_numbers(tmp_path, "checkpoint-4")
@@ -103,14 +102,14 @@ def test_weights_that_overflow_are_never_saved(tmp_path):
 
 
 def test_gradients_that_overflow_are_left_out_and_the_scale_falls(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=12, learning_rate=1e-3)
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**130)  # of float32's 2**128
+    trainer = make_trainer(tmp_path, max_steps=12, learning_rate=1e-3, max_grad_norm=0)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**66)  # the norm is too large to be squared
     weights, scales = [], []
-    trainer.add_callback(At("on_step_end", 1, lambda: weights.append(trainer.model.rank_output.weight.clone())))
-    trainer.add_callback(At("on_step_end", 3, lambda: scales.append(trainer.accelerator.scaler.get_scale())))
+    at(trainer, "on_step_end", 1, lambda: weights.append(trainer.model.rank_output.weight.clone()))
+    at(trainer, "on_step_end", 3, lambda: scales.append(trainer.accelerator.scaler.get_scale()))
     before = trainer.model.rank_output.weight.clone()
     trainer.train()
-    assert torch.equal(before, weights[0]) and scales[0] <= 2.0**128
+    assert torch.equal(before, weights[0]) and scales[0] < 2.0**66
     assert not torch.equal(before, trainer.model.rank_output.weight)
     assert trainer.state.global_step == 12
     assert_checkpoints_are_numbers(tmp_path, "checkpoint-12")
@@ -131,9 +130,9 @@ def test_gradients_that_no_scale_helps_stop_the_run(tmp_path):
 
 
 def limit_file_sizes(trainer):
-    """From the fourth step on no file may grow beyond 20 kB: writing fails as on a full disk."""
-    size = 20_000
-    trainer.add_callback(At("on_step_begin", 4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))))
+    """From the fourth step on no file may grow beyond 60 kB: writing fails as on a full disk."""
+    size = 60_000
+    at(trainer, "on_step_begin", 4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_the_run_goes_on_from_it(tmp_path):

