@@ -32,6 +32,7 @@ from ieft.checkpoints import explained_if_not_written, find_damage, find_last_ch
 from ieft.distillation import check_teacher
 from ieft.hub import push_folder, write_model_card
 from ieft.report import ranked_sheet, recall_table, training_curves, two_stage_table
+from ieft.settings import read_settings, refuse_settings
 from ieft.trainer import IeftTrainer, IeftTrainingArguments
 from ieft.two_stage import choose_similarity_weight, compare_stages, make_shortlists
 from modeling_ieft import IeftForImageTextRetrieval
@@ -237,7 +238,7 @@ def parse_arguments(arguments):
     """The three groups of arguments; what the user gave comes before the recipe of the dataset and network."""
     parser = HfArgumentParser((ModelArguments, DataArguments, IeftTrainingArguments))
     if len(arguments) == 1 and arguments[0].endswith(".json"):
-        parser.error = partial(_refuse_settings, arguments[0])
+        parser.error = partial(refuse_settings, arguments[0])
         arguments = read_settings(
             arguments[0], {each.name for group in parser.dataclass_types for each in fields(group)}
         )
@@ -251,36 +252,6 @@ def parse_arguments(arguments):
     if args.push_to_hub and not args.hub_model_id:
         raise ValueError("--push_to_hub needs to know where to: pass --hub_model_id user/name.")
     return model_args, data_args, args
-
-
-def read_settings(path, known):
-    """A JSON file of options as a command line, so that both are read by the same rules.
-
-    Raises:
-        ValueError: where it is no JSON object, or names an option that there is not.
-    """
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold an object of options; it holds a {type(settings).__name__}.")
-    unknown = sorted(settings.keys() - known)
-    if unknown:
-        raise ValueError(f"{path}: there is no option {', '.join(unknown)[:200]}. See run_retrieval.py --help.")
-    arguments = []
-    for name, value in settings.items():
-        if isinstance(value, list):
-            if not value or any(isinstance(each, list | dict) or str(each).startswith("-") for each in value):
-                _refuse_settings(path, f"{name} must be a list of plain values, not empty")
-            arguments += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            arguments.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    return arguments
-
-
-def _refuse_settings(path, message):
-    raise ValueError(f"{path}: {message}.")
 
 
 def choose_recipe(given):

@@ -28,6 +28,7 @@ LAYERS = {
     "ieft.distillation": 0,
     "ieft.states": 0,
     "ieft.filters": 0,
+    "ieft.settings": 0,
     "ieft.explain": 2,
     "ieft.index": 3,
     "ieft.report": 2,
