@@ -9,6 +9,7 @@ float32.
 """
 
 import copy
+import platform
 
 import torch
 from torch import nn
@@ -28,7 +29,14 @@ def can_prepack(model, dtype):
     on_cpu_in_float32 = {(p.device.type, p.dtype) for p in model.parameters()} == {("cpu", torch.float32)}
     if not on_cpu_in_float32 or not torch.backends.mkldnn.is_available():
         return False
-    return dtype in (None, torch.float32) or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype in (None, torch.float32) or (dtype == torch.bfloat16 and multiplies_bfloat16())
+
+
+def multiplies_bfloat16():
+    """Whether this CPU has instructions for it; where it has none, oneDNN imitates them, far slower than float32."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def prepack(model, dtype=None):

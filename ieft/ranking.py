@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ieft.prepacked import can_prepack, prepack
+from ieft.prepacked import can_prepack, multiplies_bfloat16, prepack
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def score_matrix(model, images, captions, *, dtype=None, batch_tokens=None, num_
             one tile at a time.
         captions: C lists of token ids, special tokens included, not padded.
         dtype: torch.bfloat16 or torch.float16 for the matrix products, sums and layer norms staying in float32; None
-            computes in the model's own type.
+            computes in the model's own type, and so does bfloat16 on a CPU that has no instructions for it.
         batch_tokens: tokens read at once, captions and images together; None chooses by device.
         num_workers: processes that read images ahead.
         progress: show a bar in pairs, on the main process.
@@ -145,6 +145,7 @@ def _score(model, images, captions, starts, pairs_of, title, *, dtype, batch_tok
     Returns:
         ndarray: (N,) float32.
     """
+    dtype = _choose_dtype(model, dtype)
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     scores = np.zeros(starts[-1], dtype=np.float32)
     on_gpu = model.device.type != "cpu"
@@ -165,6 +166,14 @@ def _score(model, images, captions, starts, pairs_of, title, *, dtype, batch_tok
             everyones = tiles[number * processes : (number + 1) * processes]
             bar.update(int(everyones[-1][1] - everyones[0][0]))
     return _sum_over_processes(scores, model.device) if processes > 1 else scores
+
+
+def _choose_dtype(model, dtype):
+    """The type asked for, but float32 on a CPU that has no instructions for bfloat16."""
+    if dtype == torch.bfloat16 and model.device.type == "cpu" and not multiplies_bfloat16():
+        logger.warning("This CPU has no instructions for bfloat16, which would take longer: ranking in float32.")
+        return None
+    return dtype
 
 
 def _cut_tiles(starts, tile_pairs):

@@ -121,12 +121,21 @@ def test_the_model_is_left_as_it_was_found(training):
     assert model.training is training and torch.is_grad_enabled()
 
 
-def test_half_precision_ranks_nearly_the_same():
+def test_half_precision_ranks_nearly_the_same(monkeypatch):
+    monkeypatch.setattr(ranking, "multiplies_bfloat16", lambda: True)  # imitated, if need be
     model, (images, captions) = make_model(), make_sides()
     exact = score_matrix(model, images, captions, progress=False)
     half = score_matrix(model, images, captions, dtype=torch.bfloat16, progress=False)
     assert not np.array_equal(exact, half)
     assert np.corrcoef(exact.ravel(), half.ravel())[0, 1] > 0.99
+
+
+def test_a_cpu_without_bfloat16_ranks_in_float32_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(ranking, "multiplies_bfloat16", lambda: False)
+    model, (images, captions) = make_model(), make_sides()
+    half = score_matrix(model, images, captions, dtype=torch.bfloat16, progress=False)
+    assert "ranking in float32" in caplog.text
+    np.testing.assert_array_equal(half, score_matrix(model, images, captions, progress=False))
 
 
 def test_captions_beyond_those_kept_and_several_images_to_a_tile(monkeypatch):
@@ -257,7 +266,7 @@ def change_captions(model, images, captions, options):
 
 
 def change_type(model, images, captions, options):
-    options["dtype"] = torch.bfloat16
+    options["dtype"] = torch.float16
 
 
 @pytest.mark.parametrize("change", [change_weights, change_configuration, change_images, change_captions, change_type])
