@@ -1,7 +1,7 @@
 """The modules of IEFT: embeddings, joint blocks, visual enhancement stages and the encoder that chains them.
 
-In: token ids, pixels or hidden states, and an `IeftConfig`. Out: hidden states. It knows nothing of pairs, scores or
-how weights start.
+In: token ids, pixels or hidden states, and an `IeftConfig`. Out: hidden states. It knows nothing of scores, or
+of how weights start.
 
 Paper: Tang, Wang, Ma, Zhang, Liu, Jiao, "Interacting-Enhancing Feature Transformer for Cross-Modal Remote-Sensing
 Image and Text Retrieval", IEEE TGRS 2023 (FEM, IMRI, VFE and RM are its modules). Base network: ViLT-B/32, Kim et
@@ -10,6 +10,8 @@ al., ICML 2021; weight names follow transformers' ViLT.
 Dimension letters: I images, C captions, B pairs, L caption tokens, P patches (G x G), S = L + 1 + P tokens of a pair,
 Q tokens that are asked for, D width, H heads, W width of the gated convolution.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -330,3 +332,39 @@ class IeftPooler(nn.Module):
 
     def forward(self, hidden_states):
         return torch.tanh(self.dense(hidden_states[:, 0]))  # (B, D)
+
+
+class Prepared(NamedTuple):
+    """What one side of a pair brings to the first joint block, computed once per image or caption.
+
+    Where the first joint block is the last, the text CLS alone asks in it, and has asked its own caption already.
+    Captions then bring `hidden`, `query`, `context` and `log_sum` of this one token, images `key` and `value`.
+
+    Attributes:
+        hidden: (N, T, D) tokens that enter the block, or (N, D).
+        query: (N, T, D) the block's projection of them, or (N, D).
+        key, value: (N, T, D), or split into heads (N, H, T, D/H).
+        attention_mask: (N, T) of captions, 1 on real tokens, or None where none is padded.
+        context: (N, D) what the text CLS found in its own caption.
+        log_sum: (N, H) logarithm of the weight that it found it with.
+    """
+
+    hidden: torch.Tensor | None = None
+    query: torch.Tensor | None = None
+    key: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    context: torch.Tensor | None = None
+    log_sum: torch.Tensor | None = None
+
+    def take(self, rows):
+        """The same for some rows: an index tensor of any shape, a list or a slice."""
+        return Prepared(*(None if x is None else x[rows] for x in self))
+
+
+def pair_attentions(text, image, pair_images, pair_captions):
+    """Attentions within captions (C, H, L, L) and within images (I, H, 1+P, 1+P), as those of pairs (B, H, S, S)."""
+    text = text if pair_captions is None else text[pair_captions]
+    image = image if pair_images is None else image[pair_images]
+    upper = nn.functional.pad(text, (0, image.shape[-1]))  # (B, H, L, S)
+    return torch.cat([upper, nn.functional.pad(image, (text.shape[-1], 0))], dim=2)

@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import torch
 from huggingface_hub import HfApi
@@ -23,11 +22,11 @@ from transformers.utils import ModelOutput
 
 try:
     from .configuration_ieft import IeftConfig
-    from .layers_ieft import IeftEmbeddings, IeftEncoder, IeftPooler
+    from .layers_ieft import IeftEmbeddings, IeftEncoder, IeftPooler, Prepared, pair_attentions
     from .pipeline_ieft import find_model_card, find_processor, rank_candidates
 except ImportError:  # imported from the clone or the wheel, where these files are top-level modules
     from configuration_ieft import IeftConfig
-    from layers_ieft import IeftEmbeddings, IeftEncoder, IeftPooler
+    from layers_ieft import IeftEmbeddings, IeftEncoder, IeftPooler, Prepared, pair_attentions
     from pipeline_ieft import find_model_card, find_processor, rank_candidates
 
 AUTO_CLASSES = {
@@ -98,34 +97,6 @@ class IeftPreTrainedModel(PreTrainedModel):
         self.config.auto_map = dict(AUTO_CLASSES)
         self.config.custom_pipelines = {"image-text-retrieval": dict(PIPELINE)}
         super().save_pretrained(save_directory, **kwargs)
-
-
-class Prepared(NamedTuple):
-    """What one side of a pair brings to the first joint block, computed once per image or caption.
-
-    Where the first joint block is the last, the text CLS alone asks in it, and has asked its own caption already.
-    Captions then bring `hidden`, `query`, `context` and `log_sum` of this one token, images `key` and `value`.
-
-    Attributes:
-        hidden: (N, T, D) tokens that enter the block, or (N, D).
-        query: (N, T, D) the block's projection of them, or (N, D).
-        key, value: (N, T, D), or split into heads (N, H, T, D/H).
-        attention_mask: (N, T) of captions, 1 on real tokens, or None where none is padded.
-        context: (N, D) what the text CLS found in its own caption.
-        log_sum: (N, H) logarithm of the weight that it found it with.
-    """
-
-    hidden: torch.Tensor | None = None
-    query: torch.Tensor | None = None
-    key: torch.Tensor | None = None
-    value: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
-    context: torch.Tensor | None = None
-    log_sum: torch.Tensor | None = None
-
-    def take(self, rows):
-        """The same for some rows: an index tensor of any shape, a list or a slice."""
-        return Prepared(*(None if x is None else x[rows] for x in self))
 
 
 class IeftModel(IeftPreTrainedModel, ViltModel):
@@ -237,7 +208,7 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
             all_hidden_states = (*paired, *all_hidden_states[1:])
         if earlier and output_attentions:
             attentions = (
-                *(_pair_attentions(*sides, *pairing) for sides in zip(*earlier[1], strict=True)),
+                *(pair_attentions(*sides, *pairing) for sides in zip(*earlier[1], strict=True)),
                 *attentions,
             )
         output = IeftModelOutput(
@@ -267,14 +238,6 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
         if attention_mask is not None:
             attention_mask = nn.functional.pad(attention_mask, (0, image.shape[1]), value=1)  # (B, S)
         return torch.cat([text, image], dim=1), attention_mask
-
-
-def _pair_attentions(text, image, pair_images, pair_captions):
-    """Attentions within captions (C, H, L, L) and within images (I, H, 1+P, 1+P), as those of pairs (B, H, S, S)."""
-    text = text if pair_captions is None else text[pair_captions]
-    image = image if pair_images is None else image[pair_images]
-    upper = nn.functional.pad(text, (0, image.shape[-1]))  # (B, H, L, S)
-    return torch.cat([upper, nn.functional.pad(image, (text.shape[-1], 0))], dim=2)
 
 
 class IeftForImageTextRetrieval(IeftPreTrainedModel):
