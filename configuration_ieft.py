@@ -22,7 +22,6 @@ SIZES = {
     "type_vocab_size": (1, 2**16),
     "modality_type_vocab_size": (2, 2**16),
     "contrastive_dim": (0, 2**16),
-    "first_joint_layer": (0, 2**10),
 }
 # Other numbers and their ranges.
 NUMBERS = {
@@ -172,11 +171,11 @@ class IeftConfig(ViltConfig):
     def check_first_joint_layer(self):
         """Raise a ValueError unless it is one of the blocks; networks ask again, since `from_pretrained` sets its
         keyword arguments unseen."""
-        if not 0 <= self.first_joint_layer < self.num_hidden_layers:
+        if type(self.first_joint_layer) is not int or not 0 <= self.first_joint_layer < self.num_hidden_layers:
             raise ValueError(
                 f"first_joint_layer must be a block index from 0 (the published network) to "
                 f"{self.num_hidden_layers - 1} (num_hidden_layers - 1: at least one block reads caption and image "
-                f"together); got {self.first_joint_layer}."
+                f"together); got {self.first_joint_layer!r}."
             )
 
     @property

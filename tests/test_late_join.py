@@ -229,6 +229,12 @@ def test_a_join_outside_the_network_says_what_was_expected(join):
         make_model(join)
 
 
+@pytest.mark.parametrize("join", [True, "1", 1.5, [1]])
+def test_a_join_that_is_no_whole_number_says_what_was_expected(join):
+    with pytest.raises(ValueError, match="first_joint_layer must be a block index"):
+        IeftConfig(first_joint_layer=join)
+
+
 def test_one_checkpoint_starts_every_join(tmp_path):
     make_model(0).save_pretrained(tmp_path)
     loaded = IeftForImageTextRetrieval.from_pretrained(tmp_path, first_joint_layer=3)

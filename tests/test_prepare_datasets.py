@@ -115,7 +115,7 @@ def test_scenes_are_drawn_once_and_kept(tmp_path):
 def test_a_named_dataset_without_its_folder_says_where_to_get_it():
     with pytest.raises(ValueError, match="https://github.com/.*--data_dir"):
         load_retrieval_dataset("rsicd")
-    with pytest.raises(ValueError, match="scenes, rsicd, rsitmd, ucm, sydney.*'nowhere'"):
+    with pytest.raises(ValueError, match="scenes, twins, rsicd, rsitmd, ucm, sydney.*'nowhere'"):
         load_retrieval_dataset("nowhere")
 
 
@@ -312,7 +312,8 @@ def test_checked_images_are_not_decoded_again_until_one_changes(tmp_path, monkey
     monkeypatch.setattr("prepare_datasets.image_fault", lambda image, bands: decoded.append(image))
     load_retrieval_dataset(str(tmp_path / "data"))
     assert decoded == []
-    (tmp_path / "data" / "images" / "test_0.jpg").write_bytes(b"")
+    images = tmp_path / "data" / "images"
+    (images / "test_0.jpg").write_bytes((images / "train_0.jpg").read_bytes())
     load_retrieval_dataset(str(tmp_path / "data"))
     assert len(decoded) == 30
 
