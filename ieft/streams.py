@@ -22,11 +22,12 @@ logger = logging.getLogger(__name__)
 class LazyRows:
     """A split of rows that were checked, of which images are read where they are whenever they are asked for.
 
-    It has what a trainer asks of a `datasets.Dataset`: rows by number, a column by name, `select`.
+    It has what a trainer asks of a `datasets.Dataset`: rows by number, a column by name, `select`, `column_names`.
     """
 
     def __init__(self, rows, *, bands=None):
         self.rows, self.bands = rows, bands
+        self.column_names = list(FEATURES)
 
     def __len__(self):
         return len(self.rows)
