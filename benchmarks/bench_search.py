@@ -97,9 +97,8 @@ def measure(index, count):
         milliseconds[f"text, shortlist only{name}"], _ = timed(
             lambda caption, w=where: index.search(caption, rerank_top_k=0, top_k=SHORTLIST, where=w), captions
         )
-    milliseconds["text, 32 re-ranked"], found = timed(
-        lambda caption: index.search(caption, rerank_top_k=SHORTLIST), captions
-    )
+    rerank = {"rerank_top_k": SHORTLIST}
+    milliseconds[f"text, {SHORTLIST} re-ranked"], found = timed(lambda c: index.search(c, **rerank), captions)
     for stage in ("embed", "shortlist", "re-rank"):
         milliseconds[f"    of these, {stage}"] = [1000 * hits.seconds[stage] for hits in found]
     return milliseconds, recalls
@@ -134,8 +133,8 @@ def report(measured, seconds, megabytes, args):
     for name, (median, slowest) in percentiles.items():
         print(f"{name:34}{median:>8.1f}{slowest:>8.1f}")
     print("\n" + "\n".join(f"{name}: {recall:.3f}" for name, recall in recalls.items()))
-    saved = args.vectors // 32
-    print(f"pairs the network reads for a sentence: 32, of {args.vectors:,}: {saved:,} times fewer")
+    saved = args.vectors // SHORTLIST
+    print(f"pairs the network reads for a sentence: {SHORTLIST}, of {args.vectors:,}: {saved:,} times fewer")
     recalls = {name: float(recall) for name, recall in recalls.items()}
     line = {
         "benchmark": "search",
