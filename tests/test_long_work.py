@@ -24,7 +24,6 @@ def test_memory_files_processes_and_checkpoints_stay_what_they_are(tmp_path):
     # one moment than at another; kept ones would be 360 by the end.
     assert found["most tensors"] - found["least tensors"] <= 24
     assert found["most files"] - found["least files"] <= 24
-    # The run, its worker, and for a moment one that begins or ends; one kept in each epoch would make eight.
-    assert found["least processes"] == 2 and found["most processes"] <= 3
+    assert found["most processes"] == found["least processes"] <= 3  # the run, its worker, multiprocessing's tracker
     assert found["most checkpoints"] == 2
     assert found["most megabytes"] - found["least megabytes"] < 40
