@@ -34,7 +34,8 @@ from transformers.utils import logging
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor, draw_scene
 from ieft.explain import draw_heat_map, explain_pair
-from ieft.index import ImageIndex, find_images, read_hit
+from ieft.index import ImageIndex
+from ieft.index_files import find_images, read_hit
 from ieft.search import to_geojson
 from processing_ieft import to_rgb
 

@@ -49,12 +49,12 @@ IMAGES_AT_ONCE = 128
 FEW = 8  # captions that are different
 SMALL_NETWORK = {
     "image_size": 96, "patch_size": 24, "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2,
-    "intermediate_size": 128, "enhancement_layers": [0], "enhancement_mlp_ratio": 2, "initializer_range": 0.08,
+    "intermediate_size": 128, "enhancement_layers": [1, 2, 3], "enhancement_mlp_ratio": 2, "initializer_range": 0.08,
     "hidden_dropout_prob": 0.0, "contrastive_dim": 64,
 }  # fmt: skip
 RECIPE = {
-    "learning_rate": 2e-3, "weight_decay": 0.01, "adam_beta2": 0.98, "warmup_steps": 0.1, "contrastive_weight": 0.2,
-    "batches": "neighbours", "num_negatives": 7, "groups_per_step": 4, "mining_start": 0.2, "use_cpu": True,
+    "learning_rate": 2e-3, "weight_decay": 0.01, "adam_beta2": 0.98, "warmup_steps": 0.1, "contrastive_weight": 0.5,
+    "batches": "neighbours", "num_negatives": 7, "groups_per_step": 2, "mining_start": 0.2, "use_cpu": True,
     "report_to": "none", "remove_unused_columns": False, "save_strategy": "no", "logging_steps": 50,
 }  # fmt: skip
 SETTINGS = ("steps", "batch", "queries")  # runs of other settings are other runs

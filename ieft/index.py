@@ -9,10 +9,8 @@ is not embedded again: an addition that was killed is run again and goes on. Two
 "Thinking Fast and Slow: Efficient Text-to-Visual Retrieval with Transformers", CVPR 2021.
 """
 
-import hashlib
 import time
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 
@@ -21,18 +19,17 @@ import numpy as np
 import pyarrow as pa
 import torch
 from lancedb.index import IvfSq
-from torch.utils.data import Dataset
 
 from ieft.filters import check_where, fetch, is_not_text
-from ieft.pictures import describe_picture, read_picture
+from ieft.index_files import HitImages, digest_file, plan_tiles, read_tiles, read_whole
 from ieft.ranking import fingerprint, score_pairs
-from ieft.tiles import Scene, Window, cut_windows
+from ieft.states import decode_state, encode_state
+from ieft.tiles import cut_windows
 from processing_ieft import check_text
 
 IMAGES, CAPTIONS = "images", "captions"  # the tables
-CHECKPOINT = b"ieft_checkpoint"  # in the tables' schema: the fingerprint of the checkpoint that made them
-GEOTIFF_SUFFIXES = (".tif", ".tiff")
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp", *GEOTIFF_SUFFIXES)
+# In the tables' schema: the fingerprint of the checkpoint that made them; the kind of states kept, empty for none.
+CHECKPOINT, STATES = b"ieft_checkpoint", b"ieft_states"
 ROWS_AT_ONCE = 64
 FEWEST_FOR_VECTOR_INDEX = 50_000  # below, every vector is compared, in milliseconds and exactly
 PARTITION_ROWS = 1024
@@ -63,15 +60,18 @@ class Hits(list):
 class ImageIndex:
     """The images of an archive, and captions if there are any, that captions and images are looked up in."""
 
-    def __init__(self, uri, model, *, processor, create=False, storage_options=None):
+    def __init__(self, uri, model, *, processor, create=False, states=None, storage_options=None):
         """Open the index at `uri`, or with `create` begin one where there is none.
 
         Args:
             model: an `IeftForImageTextRetrieval` with contrastive heads.
+            states: with `create`, keep beside each vector what re-ranking needs to know of the image, as "bf16" or
+                "int8" (see `ieft.states`): it then reads no file. For models with `first_joint_layer` above 0.
             storage_options: credentials and settings of object storage, as LanceDB takes them.
 
         Raises:
-            ValueError: for a model without contrastive heads, or another one than made the index.
+            ValueError: for a model without contrastive heads, or another one than made the index; for states of a
+                model that joins at 0, or other than those of the index.
             FileNotFoundError: where there is no index.
         """
         if not model.config.contrastive_dim:
@@ -81,24 +81,38 @@ class ImageIndex:
             )
         self.model, self.processor = model.eval(), processor
         self.checkpoint = fingerprint_checkpoint(model, processor)
+        if states and not model.config.first_joint_layer:
+            raise ValueError(
+                "A checkpoint with first_joint_layer above 0 expected, to keep states of its images; this one reads "
+                "them with the caption from block 0 on. Train one with run_retrieval.py --first_joint_layer."
+            )
         database = lancedb.connect(str(uri), storage_options=storage_options)
-        if create:
-            database.create_table(IMAGES, schema=self._schema(METADATA), exist_ok=True)
-            database.create_table(CAPTIONS, schema=self._schema({"caption": pa.string()}), exist_ok=True)
-        elif not {IMAGES, CAPTIONS} <= set(database.list_tables().tables):
+        missing = {IMAGES, CAPTIONS} - set(database.list_tables().tables)
+        if missing and not create:
             raise FileNotFoundError(f"No index at {uri}: make one with ieft-search index ARCHIVE --index {uri}.")
+        columns = METADATA | ({"state": pa.binary()} if states else {})
+        schemas = {IMAGES: self._schema(columns, states), CAPTIONS: self._schema({"caption": pa.string()})}
+        for name in missing:
+            database.create_table(name, schema=schemas[name], exist_ok=True)
         self.table, self.captions = database.open_table(IMAGES), database.open_table(CAPTIONS)
-        made_by = (self.table.schema.metadata or {}).get(CHECKPOINT, b"").decode()
+        known = self.table.schema.metadata or {}
+        made_by, self.states = (known.get(name, b"").decode() for name in (CHECKPOINT, STATES))
         if made_by != self.checkpoint:
             raise ValueError(
                 f"The index at {uri} was made by the checkpoint {made_by[:12]}; this one is {self.checkpoint[:12]}. "
                 "Their embeddings cannot be compared: take that checkpoint, or make another index."
             )
+        if states not in (None, self.states):
+            raise ValueError(
+                f"The index at {uri} keeps {self.states or 'no'} states, and {states} are asked for: leave that away, "
+                "or make another index."
+            )
 
-    def _schema(self, columns):
+    def _schema(self, columns, states=None):
         vector = pa.field("vector", pa.list_(pa.float32(), self.model.config.contrastive_dim))
         fields = [pa.field(name, kind) for name, kind in columns.items()]
-        return pa.schema([*fields, vector], metadata={CHECKPOINT: self.checkpoint.encode()})
+        metadata = {CHECKPOINT: self.checkpoint.encode(), STATES: (states or "").encode()}
+        return pa.schema([*fields, vector], metadata=metadata)
 
     def __len__(self):
         return self.table.count_rows()
@@ -139,7 +153,7 @@ class ImageIndex:
             known[row["file"]].add((row["content"], row["tiling"], (row["col"], row["row"])))
         for file in files:
             try:
-                content, windows = _digest(file), plan_tiles(file, tile, overlap)
+                content, windows = digest_file(file), plan_tiles(file, tile, overlap)
                 tiling = f"{tile} pixels, overlap {overlap}" if windows else ""
                 there = {place for *made_of, place in known[file] if made_of == [content, tiling]}
                 report["unchanged"] += len(there)
@@ -154,10 +168,19 @@ class ImageIndex:
                 report["unreadable"][file] = str(error)
 
     def _write(self, batch):
-        vectors = self.embed_images([square for _, square in batch])
-        rows = [row | {"vector": vector} for (row, _), vector in zip(batch, vectors, strict=True)]
+        squares = [square for _, square in batch]
+        made = self._read_states(squares) if self.states else [{"vector": each} for each in self.embed_images(squares)]
+        rows = [row | columns for (row, _), columns in zip(batch, made, strict=True)]
         merge = self.table.merge_insert(KEY).when_matched_update_all().when_not_matched_insert_all()
         merge.execute(pa.Table.from_pylist(rows, schema=self.table.schema))  # one transaction
+
+    @torch.no_grad()
+    def _read_states(self, images):
+        """Of each image, read once: its vector, and its state in bytes."""
+        states = self.model.read_images(self.processor(images=images)["pixel_values"].to(self.model.device))
+        vectors = self.model.get_image_features(image_states=states).float().cpu().numpy()
+        encoded = [encode_state(state, self.states) for state in states]
+        return [{"vector": vector, "state": state} for vector, state in zip(vectors, encoded, strict=True)]
 
     def add_captions(self, captions, *, batch_size=ROWS_AT_ONCE):
         """Embed sentences and keep them, for images to be looked up in; blank ones are passed over.
@@ -265,10 +288,12 @@ class ImageIndex:
         with _clock(seconds, "embed"):
             vector = self.embed_caption(caption)
         with _clock(seconds, "shortlist"):
-            nearest = self.shortlist(vector, max(top_k, rerank_top_k), where=where)
+            columns = [*METADATA, "state"] if rerank_top_k and self.states else list(METADATA)
+            nearest = _nearest(self.table, vector, max(top_k, rerank_top_k), columns, where)
+            states = [hit.pop("state") for hit in nearest] if len(columns) > len(METADATA) else []
         if rerank_top_k:
             with _clock(seconds, "re-rank"):
-                scores = self._score_images(caption, nearest[:rerank_top_k])
+                scores = self._score_images(caption, nearest[:rerank_top_k], states)
                 nearest = _rerank(scores, nearest, similarity_weight * self.model.similarity_scale().item())
         return self._merged(nearest, vector, top_k, where, seconds)
 
@@ -298,10 +323,10 @@ class ImageIndex:
                 nearest = _rerank(scores, nearest, similarity_weight * self.model.similarity_scale().item())
         return Hits(_ranked(nearest)[:top_k], seconds)
 
-    def _score_images(self, caption, hits):
+    def _score_images(self, caption, hits, states):
         tokens = self.processor(text=[caption])["input_ids"].tolist()
-        pairs = [(row, 0) for row in range(len(hits))]
-        return score_pairs(self.model, HitImages(hits, self.processor), tokens, pairs, progress=False)
+        images = [decode_state(state) for state in states] or HitImages(hits, self.processor)
+        return score_pairs(self.model, images, tokens, [(row, 0) for row in range(len(hits))], progress=False)
 
     def _score_captions(self, image, captions):
         tokens = self.processor.tokenizer(captions, truncation=True, max_length=self.processor.max_caption_tokens)
@@ -324,20 +349,6 @@ class ImageIndex:
         return Hits(_ranked(found)[:top_k], seconds)
 
 
-class HitImages(Dataset):
-    """The pictures of hits by row as the network reads them: (3, image_size, image_size) in [-1, 1]."""
-
-    def __init__(self, hits, processor):
-        self.hits, self.image_processor = hits, processor.image_processor
-
-    def __len__(self):
-        return len(self.hits)
-
-    def __getitem__(self, row):
-        square = self.image_processor.fit_square(read_hit(self.hits[row]))
-        return torch.from_numpy(self.image_processor.scale_pixels(np.asarray(square)))
-
-
 def merge_overlaps(hits):
     """Of tiles of one scene that overlap at all, the best alone: greedy non-maximum suppression.
 
@@ -357,83 +368,11 @@ def merge_overlaps(hits):
     return kept
 
 
-def read_hit(hit):
-    """What a hit shows, PIL RGB: the whole image, or its tile, read by its window.
-
-    Raises:
-        FileNotFoundError, ValueError: for a file that is gone, or cannot be decoded.
-    """
-    if not hit["tiling"] or not Path(hit["file"]).exists():
-        return read_picture(hit["file"])
-    with Scene(hit["file"], hit["limits"]) as scene:
-        return scene.read(Window(hit["col"], hit["row"], hit["tile_width"], hit["tile_height"]))
-
-
 def fingerprint_checkpoint(model, processor):
     """A digest of weights, configuration and preprocessing: embeddings of equal ones can be compared."""
     images = processor.image_processor
     settings = [images.image_size, images.fit, processor.max_caption_tokens, processor.tokenizer.get_vocab()]
     return fingerprint(model, settings).hexdigest()
-
-
-def find_images(archive):
-    """Image files under a folder, in order; or the one file given.
-
-    Raises:
-        FileNotFoundError: where there is none.
-    """
-    archive = Path(archive)
-    paths = sorted(archive.rglob("*")) if archive.is_dir() else [archive]
-    found = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-    if not found:
-        raise FileNotFoundError(f"Images ({', '.join(IMAGE_SUFFIXES)}) expected at {archive}; there are none.")
-    return found
-
-
-def plan_tiles(file, tile, overlap):
-    """The windows of an image that is to be cut; none where it stays whole."""
-    if tile is None:
-        return []
-    with Scene(file) as scene:
-        windows = cut_windows(scene.width, scene.height, tile=tile, overlap=overlap)
-    return windows if len(windows) > 1 else []
-
-
-def read_whole(file):
-    """A row of the index for an image, and the image."""
-    picture = read_picture(file)
-    width, height, _ = describe_picture(file)  # as stored; the picture may be smaller
-    row = _describe_file(file, width, height, Window(0, 0, width, height))
-    if file.lower().endswith(GEOTIFF_SUFFIXES):
-        with Scene(file) as scene:
-            row |= scene.bounds(Window(0, 0, scene.width, scene.height))
-    return row, picture
-
-
-def read_tiles(file, windows):
-    """A row of the index and the picture for each of some windows, read one at a time."""
-    if windows:
-        with Scene(file) as scene:
-            for window in windows:
-                row = _describe_file(file, scene.width, scene.height, window)
-                yield row | scene.bounds(window) | {"limits": scene.limits}, scene.read(window)
-
-
-def _describe_file(file, width, height, window):
-    state = Path(file).stat()
-    changed = datetime.fromtimestamp(state.st_mtime, timezone.utc)
-    return {
-        "file": file, "bytes": state.st_size, "time": changed, "width": width, "height": height, "col": window.col,
-        "row": window.row, "tile_width": window.width, "tile_height": window.height,
-    }  # fmt: skip
-
-
-def _digest(file):
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _any_of(values, column="file"):

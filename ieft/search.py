@@ -19,7 +19,10 @@ from transformers.utils import logging
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor
 from ieft.explain import draw_heat_map, explain_pair
-from ieft.index import ImageIndex, find_images, read_hit, read_picture
+from ieft.index import ImageIndex
+from ieft.index_files import find_images, read_hit
+from ieft.pictures import read_picture
+from ieft.states import KINDS
 
 SHEET_COLUMNS, THUMB, GAP, LABEL = 5, 192, 12, 20
 
@@ -40,6 +43,11 @@ def build_parser():
     index.add_argument("archive", nargs="?", help="a folder, searched to the bottom, or one image")
     index.add_argument("--tile", type=int, help="cut larger images into tiles of this side, in pixels")
     index.add_argument("--overlap", type=float, default=0.25, help="the part of a tile that the next one shows too")
+    index.add_argument(
+        "--states",
+        choices=KINDS,
+        help="keep what re-ranking needs to know of each image, for checkpoints with first_joint_layer above 0",
+    )
     index.add_argument("--captions", help="a text file, one sentence a line, for `query --image` to look up")
     query = _add_command(commands, "query", query_index, "find images for a sentence, or like an image")
     query.add_argument("caption", nargs="?", help="a sentence")
@@ -76,7 +84,7 @@ def _add_command(commands, name, function, text):
     return command
 
 
-def open_index(args, *, create=False):
+def open_index(args, **options):
     try:
         model = IeftForImageTextRetrieval.from_pretrained(args.model)
         processor = IeftProcessor.from_pretrained(args.model)
@@ -84,7 +92,7 @@ def open_index(args, *, create=False):
         raise
     except Exception as error:  # safetensors and tokenizers have errors of their own
         raise ValueError(f"{args.model} cannot be loaded as a checkpoint: {type(error).__name__}: {error}") from error
-    return ImageIndex(args.index, model, processor=processor, create=create)
+    return ImageIndex(args.index, model, processor=processor, **options)
 
 
 def index_archive(args):
@@ -92,7 +100,7 @@ def index_archive(args):
         raise ValueError("An archive of images, --captions or both expected.")
     files = find_images(args.archive) if args.archive is not None else []
     captions = Path(args.captions).read_text(encoding="utf-8").splitlines() if args.captions else []
-    index = open_index(args, create=True)
+    index = open_index(args, create=True, states=args.states)
     report = index.add(files, tile=args.tile, overlap=args.overlap)
     of_captions = index.add_captions(captions)
     index.optimize()
@@ -155,9 +163,9 @@ def save_explanation(index, folder, image, caption, hit):
 
 def show_info(args):
     index = open_index(args)
-    columns = [name for name in index.table.schema.names if name != "vector"]
+    columns = [name for name in index.table.schema.names if name not in ("vector", "state")]
     print(f"{len(index):,} images or tiles\n{index.captions.count_rows():,} captions")
-    print(f"checkpoint {index.checkpoint[:12]}\ncolumns {', '.join(columns)}")
+    print(f"checkpoint {index.checkpoint[:12]}\nstates {index.states or 'none'}\ncolumns {', '.join(columns)}")
     return 0
 
 

@@ -30,7 +30,8 @@ from test_index import CAPTIONS, checkpoint, loaded  # noqa: E402, F401
 
 import app  # noqa: E402
 from ieft.explain import draw_heat_map, explain_pair  # noqa: E402
-from ieft.index import ImageIndex, find_images  # noqa: E402
+from ieft.index import ImageIndex  # noqa: E402
+from ieft.index_files import find_images  # noqa: E402
 from ieft.pictures import read_picture  # noqa: E402
 
 ROOT = Path(__file__).parent.parent

@@ -24,7 +24,8 @@ from configuration_ieft import IeftConfig  # noqa: E402
 from convert_checkpoint import load_any_checkpoint, main, read_tensors  # noqa: E402
 from fuzz.targets import TINY, is_documented, tiny_published  # noqa: E402
 from ieft.filters import check_where  # noqa: E402
-from ieft.index import ImageIndex, find_images  # noqa: E402
+from ieft.index import ImageIndex  # noqa: E402
+from ieft.index_files import find_images  # noqa: E402
 from modeling_ieft import IeftForImageTextRetrieval, IeftModel  # noqa: E402
 from pipeline_ieft import find_processor  # noqa: E402
 from prepare_datasets import image_fault  # noqa: E402

@@ -20,7 +20,9 @@ from processing_ieft import IeftImageProcessor, IeftProcessor
 pytest.importorskip("lancedb", reason="the vector store, extra `search`, is not installed")
 
 from ieft import index as index_module  # noqa: E402
-from ieft.index import ImageIndex, find_images, merge_overlaps, read_hit, read_picture  # noqa: E402
+from ieft.index import ImageIndex, merge_overlaps  # noqa: E402
+from ieft.index_files import find_images, read_hit  # noqa: E402
+from ieft.pictures import read_picture  # noqa: E402
 
 CAPTIONS = ["two red houses .", "a green river .", "many grey ships beside a beach ."]
 NUM_IMAGES = 24
@@ -195,6 +197,53 @@ def test_the_vector_index_finds_what_the_comparison_does(index, monkeypatch):
     assert recall > 0.98
 
 
+# States kept beside the vectors -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def joined_late(loaded):
+    """A network whose second block is the first to read caption and image together."""
+    torch.manual_seed(1)
+    config = tiny_config(vocab_size=loaded[0].config.vocab_size, first_joint_layer=1, initializer_range=0.2)
+    return IeftForImageTextRetrieval(config).eval(), loaded[1]
+
+
+@pytest.mark.parametrize("states, tolerance", [("bf16", 0.02), ("int8", 0.05)])
+def test_states_re_rank_as_the_files_do_and_no_file_is_read(tmp_path, archive, joined_late, states, tolerance):
+    model, processor = joined_late
+    plain = ImageIndex(tmp_path / "plain", model, processor=processor, create=True)
+    kept = ImageIndex(tmp_path / "kept", model, processor=processor, create=True, states=states)
+    for index in (plain, kept):
+        assert index.add(find_images(archive), batch_size=7)["added"] == NUM_IMAGES
+    vectors = [
+        {row["file"]: row["vector"] for row in index.rows(columns=["file", "vector"])} for index in (plain, kept)
+    ]
+    for file, vector in vectors[0].items():
+        np.testing.assert_allclose(vectors[1][file], vector, atol=1e-5)
+    options = {"top_k": NUM_IMAGES, "rerank_top_k": 20}
+    expected = {hit["file"]: hit for hit in plain.search(CAPTIONS[0], **options)}
+    scores = [hit["score"] for hit in expected.values() if hit["stage"] == "re-ranked"]
+    assert np.std(scores) > 0.1  # so that the tolerance tells something
+    shutil.rmtree(archive)
+    again = ImageIndex(tmp_path / "kept", model, processor=processor)
+    assert again.states == states
+    hits = again.search(CAPTIONS[0], **options)
+    assert {hit["file"] for hit in hits} == set(expected) and "state" not in hits[0]
+    for hit in hits:
+        assert hit["stage"] == expected[hit["file"]]["stage"]
+        assert hit["score"] == pytest.approx(expected[hit["file"]]["score"], abs=tolerance)
+
+
+def test_states_are_refused_where_they_help_nothing_or_are_not_what_is_there(tmp_path, loaded, joined_late):
+    model, processor = loaded
+    with pytest.raises(ValueError, match="first_joint_layer above 0"):
+        ImageIndex(tmp_path / "index", model, processor=processor, create=True, states="int8")
+    model, processor = joined_late
+    ImageIndex(tmp_path / "index", model, processor=processor, create=True)
+    with pytest.raises(ValueError, match="keeps no states, and int8 are asked for"):
+        ImageIndex(tmp_path / "index", model, processor=processor, create=True, states="int8")
+
+
 # Large scenes --------------------------------------------------------------------------------------------------------
 
 
@@ -326,7 +375,8 @@ def test_filters_on_time_and_what_is_added_again(index, archive):
 ADD = """
 import sys
 from ieft import IeftForImageTextRetrieval, IeftProcessor
-from ieft.index import ImageIndex, find_images
+from ieft.index import ImageIndex
+from ieft.index_files import find_images
 model, processor = (kind.from_pretrained(sys.argv[1]) for kind in (IeftForImageTextRetrieval, IeftProcessor))
 index = ImageIndex(sys.argv[2], model, processor=processor, create=True)
 print("ready", flush=True)

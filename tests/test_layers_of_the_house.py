@@ -31,6 +31,7 @@ LAYERS = {
     "ieft.settings": 0,
     "ieft.explain": 2,
     "ieft.index": 3,
+    "ieft.index_files": 3,
     "ieft.report": 2,
     "ieft.trainer": 2,
     "ieft.archives": 0,
@@ -47,6 +48,7 @@ TOP_LAYER = 5  # the root commands, benchmarks, the `evaluate` module, the packa
 SAME_LAYER = {
     "modeling_ieft": {"configuration_ieft", "layers_ieft", "pipeline_ieft"},
     "pipeline_ieft": {"processing_ieft"},
+    "ieft.index": {"ieft.index_files"},
     "processing_ieft": {"configuration_ieft"},
 }
 
