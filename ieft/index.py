@@ -208,9 +208,10 @@ class ImageIndex:
         """Gather what small additions left scattered; from 50,000 rows on, keep a vector index up to date."""
         for table in (self.table, self.captions):
             if table.count_rows() >= FEWEST_FOR_VECTOR_INDEX and not table.list_indices():
-                partitions = table.count_rows() // PARTITION_ROWS
                 # One byte for each number of a vector: as near as exact, and made faster than product quantisation.
-                table.create_index("vector", config=IvfSq(distance_type="dot", num_partitions=partitions))
+                # The size is kept when rows are added; of a number of partitions, most would be joined then.
+                config = IvfSq(distance_type="dot", target_partition_size=PARTITION_ROWS)
+                table.create_index("vector", config=config)
             table.optimize()
 
     def delete(self, files):
