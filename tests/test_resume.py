@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,17 @@ def test_the_best_and_the_last_checkpoint_stay(unharmed):
         state = json.loads((folder / f"checkpoint-{kept[-1]}" / "trainer_state.json").read_text())
         assert len(kept) <= 2 and state["best_global_step"] in kept and kept[-1] == state["global_step"], name
         assert state["best_model_checkpoint"] == str(folder / f"checkpoint-{state['best_global_step']}")
+
+
+def test_the_whole_command_killed_at_random_moments_ends_in_the_same_bits():
+    """A short version of the soak, which fails by itself where bits differ."""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "benchmarks/soak_resume.py", "--kills", "2", "--settings", "published"]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
+    result = json.loads(ended.stdout.splitlines()[-1])
+    assert result["kills"] == 2 and result["ends"] >= 1
 
 
 # Damaged checkpoints -------------------------------------------------------------------------------------------------
