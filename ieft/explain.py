@@ -72,18 +72,36 @@ def explain_pair(model, processor, image, caption):
 
 def _trace_patches(model, input_ids, pixels):
     """The score, and the relevance of each patch to it: (G, G), 0 or more."""
-    with torch.enable_grad():
+    with torch.enable_grad(), _kept_attentions(model) as of_blocks:
         # Attention has gradients even where every weight is frozen.
         image_embeds = model.vilt.embed_images(pixels).detach().requires_grad_()
         output = model(input_ids, image_embeds=image_embeds, output_attentions=True, return_dict=True)
-        gradients = torch.autograd.grad(output.logits.sum(), output.attentions)
-    relevance = torch.eye(output.attentions[0].shape[-1], device=pixels.device)  # (S, S)
-    for attention, gradient in zip(output.attentions, gradients, strict=True):
-        weighted = (gradient * attention).detach().float().clamp(min=0).mean(dim=1)[0]  # (S, S), equation 5
-        relevance = relevance + weighted @ relevance  # equation 6
+        gradients = iter(torch.autograd.grad(output.logits.sum(), [each for block in of_blocks for each in block]))
+    relevance = torch.eye(input_ids.shape[1] + image_embeds.shape[1], device=pixels.device)  # (S, S)
+    for block in of_blocks:
+        weighted = [(next(gradients) * each).detach().float().clamp(min=0).mean(dim=1)[0] for each in block]
+        relevance = relevance + torch.block_diag(*weighted) @ relevance  # equations 5 and 6
     of_patches = relevance[0, -model.config.num_patches :]  # to text token 0
     grid = of_patches.unflatten(0, (model.config.grid_size, model.config.grid_size))
     return output.logits.item(), grid.cpu().numpy()
+
+
+@contextmanager
+def _kept_attentions(model):
+    """A list for each block of the attentions (1, H, T, T) that it computes.
+
+    Of a block that reads each side alone, the caption's and the image's; of a joint one, that of all tokens.
+    """
+    of_blocks = [[] for _ in model.vilt.encoder.layer]
+    hooks = [
+        block.register_forward_hook(lambda _, __, output, kept=kept: kept.append(output[1]))
+        for block, kept in zip(model.vilt.encoder.layer, of_blocks, strict=True)
+    ]
+    try:
+        yield of_blocks
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

@@ -86,7 +86,10 @@ def score(model, processor, image, caption):
     return model.rank(caption, [image], processor=processor)[0]["score"]
 
 
-def test_the_hottest_patch_is_the_one_that_the_caption_speaks_of(model, processor):
+@pytest.mark.parametrize("join", [0, 1])  # block 0 brings what is asked for to token 0 with the image and without it
+def test_the_hottest_patch_is_the_one_that_the_caption_speaks_of(model, processor, join):
+    model = copy.deepcopy(model)
+    model.config.first_joint_layer = join
     hottest = [
         explain_pair(model, processor, image, say(colour)).heat.argmax() == place
         for image, colour, place in pairs_of(60)
