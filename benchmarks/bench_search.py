@@ -6,7 +6,7 @@ In: a checkpoint with contrastive heads. Out: a table, then one JSON line. Embed
 2,000 centres; the images that re-ranking reads are scenes, whose scores are real and whose places mean nothing.
 
 What bounds it: comparing every vector reads them all, 1 GB for a million of 256 numbers. The vector index reads the
-codes of a few partitions and the full vectors of some hundred candidates. Re-ranking is bounded by reading and scoring
+codes of a few partitions and the full vectors of some dozen candidates. Re-ranking is bounded by reading and scoring
 images.
 """
 
