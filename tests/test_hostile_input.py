@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import socket
 import struct
 import subprocess
 import sys
@@ -430,15 +431,18 @@ def serving(handle):
         server.server_close()
 
 
-@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/a"])
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1:{port}/a"])
 def test_a_redirect_leads_to_http_alone(tmp_path, target):
     def redirect(self):
         self.send_response(302)
-        self.send_header("Location", target)
+        self.send_header("Location", target.format(port=listener.getsockname()[1]))
         self.end_headers()
 
-    with serving(redirect) as url:
+    with socket.create_server(("127.0.0.1", 0)) as listener, serving(redirect) as url:
         path, reason = download(url, tmp_path, timeout=2)
+        listener.settimeout(0.1)
+        with pytest.raises(TimeoutError):  # nobody has come to ask
+            listener.accept()
     assert path is None and reason.startswith("cannot be downloaded") and not any(tmp_path.iterdir())
 
 
