@@ -452,7 +452,9 @@ def test_a_server_that_drips_is_given_up(tmp_path):
     def drip(self):
         self.send_response(200)
         self.end_headers()
-        while not ended.wait(0.05):
+        for _ in range(200):  # ten seconds, should nobody give up
+            if ended.wait(0.05):
+                return
             try:
                 self.wfile.write(b"x")
             except OSError:
