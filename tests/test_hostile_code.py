@@ -199,6 +199,13 @@ def test_a_field_of_a_configuration_out_of_its_range(tmp_path, fields):
     assert is_documented(error.value)
 
 
+@pytest.mark.parametrize("fields", [{"hidden_size": -3}, {"num_hidden_layers": 10**9}, {"image_size": 0}])
+def test_a_field_that_is_set_while_loading_is_checked_too(tmp_path, fields):
+    IeftConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{next(iter(fields))} must be"):
+        IeftConfig.from_pretrained(tmp_path, **fields)
+
+
 @pytest.mark.parametrize("text", ["[]", "5", "[" * 100_000, "{", "\0"])
 def test_a_configuration_that_is_no_object(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
