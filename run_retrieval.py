@@ -31,6 +31,7 @@ from ieft.batches import EvaluationSet, TrainingItems, learn_tokenizer
 from ieft.checkpoints import explained_if_not_written, find_damage, find_last_checkpoint, write_json
 from ieft.distillation import check_teacher
 from ieft.hub import push_folder, write_model_card
+from ieft.processes import leave_processes
 from ieft.report import ranked_sheet, recall_table, training_curves, two_stage_table
 from ieft.settings import read_settings, refuse_settings
 from ieft.trainer import IeftTrainer, IeftTrainingArguments
@@ -455,13 +456,9 @@ def predict(trainer, processor, test, data_args, num_bad_rows):
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)
         write_json(folder / "test_results.json", results)
-        ranked_sheet(
-            scores,
-            evaluation_set.images.picture,
-            evaluation_set.captions,
-            evaluation_set.caption_image,
-            caption_text_id=evaluation_set.caption_text_id,
-        ).save(folder / "ranked.png")
+        texts = {"caption_text_id": evaluation_set.caption_text_id}
+        answered = (evaluation_set.images.picture, evaluation_set.captions, evaluation_set.caption_image)
+        ranked_sheet(scores, *answered, **texts).save(folder / "ranked.png")
         if trainer.state.log_history:
             training_curves(trainer.state.log_history, folder / "training.png")
         print(recall_table(results))
@@ -497,3 +494,4 @@ def save_results(trainer, name, results, data_args):
 
 if __name__ == "__main__":
     main()
+    leave_processes()

@@ -20,6 +20,12 @@ def process_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def leave_processes():
+    """Take leave of the others, at the end of a command: gloo's threads, left to Python's own end, may abort it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def gather_rows(rows, *, fill=0):
     """The rows of all processes: (R, ...) -> (P*R, ...).
 

@@ -97,14 +97,22 @@ def test_two_processes_give_the_same_recalls_as_one(trained, tmp_path):
     assert printed.count("mean recall") == 1  # one process speaks
 
 
-def test_two_processes_train(tmp_path):
+def test_two_processes_train_and_take_leave(tmp_path):
+    """A process that ends with its group open is aborted now and then, and the launcher calls the run failed."""
+    script = tmp_path / "watched.py"
+    script.write_text(
+        "import atexit, runpy, torch.distributed as dist\n"
+        "atexit.register(lambda: print('group open:', dist.is_initialized()))\n"
+        f"runpy.run_path({str(ROOT / 'run_retrieval.py')!r}, run_name='__main__')\n"
+    )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-               "--main_process_port", "0", "run_retrieval.py", *SMALL, "--max_steps", "3", "--eval_steps", "3",
+               "--main_process_port", "0", str(script), *SMALL, "--max_steps", "3", "--eval_steps", "3",
                "--save_steps", "3", "--output_dir", str(tmp_path)]  # fmt: skip
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                              env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "mean_recall" in read(tmp_path, "test_results.json")
+    assert finished.stdout.count("group open: False") == 2
 
 
 def test_push_to_hub_is_one_flag(trained, tmp_path):
