@@ -340,13 +340,15 @@ def draw(groups, recalls, speeds, path):
                 rates = [speeds[join]["pairs_per_second"] for join in joins]
                 label = f"{way.replace('_', '-')}{', taught' if distilled else ''}"
                 panel.plot(rates, values, marker=marker, ls="--" if distilled else "-", label=label)
-                for join, rate, value in zip(joins, rates, values, strict=True):
+                for join, rate, value in zip(joins, rates, values, strict=True) if label == "two-stage" else ():
                     panel.annotate(str(join), (rate, value), textcoords="offset points", xytext=(4, 4))
         panel.set(
             title=f"{group[0]}, {group[1]} steps", xscale="log", xlabel="pairs a second of one core, full size",
-            ylabel="mean recall, %", ylim=(0, None),
+            ylabel="mean recall, %",
         )  # fmt: skip
-        panel.legend()
+        low, high = panel.get_ylim()
+        panel.set_ylim(low - 5, high + 5)  # so that a tenth of a point does not fill a panel
+        panel.legend(loc="lower center")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
