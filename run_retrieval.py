@@ -456,9 +456,10 @@ def predict(trainer, processor, test, data_args, num_bad_rows):
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)
         write_json(folder / "test_results.json", results)
-        texts = {"caption_text_id": evaluation_set.caption_text_id}
-        answered = (evaluation_set.images.picture, evaluation_set.captions, evaluation_set.caption_image)
-        ranked_sheet(scores, *answered, **texts).save(folder / "ranked.png")
+        ranked_sheet(
+            scores, evaluation_set.images.picture, evaluation_set.captions, evaluation_set.caption_image,
+            caption_text_id=evaluation_set.caption_text_id,
+        ).save(folder / "ranked.png")  # fmt: skip
         if trainer.state.log_history:
             training_curves(trainer.state.log_history, folder / "training.png")
         print(recall_table(results))

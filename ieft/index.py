@@ -207,7 +207,8 @@ class ImageIndex:
     def optimize(self):
         """Gather what small additions left scattered; from 50,000 rows on, keep a vector index up to date."""
         for table in (self.table, self.captions):
-            if table.count_rows() >= FEWEST_FOR_VECTOR_INDEX and not table.list_indices():
+            kinds = [found.index_type for found in table.list_indices()]  # an earlier version's was IvfPq
+            if table.count_rows() >= FEWEST_FOR_VECTOR_INDEX and "IvfSq" not in kinds:
                 # One byte for each number of a vector: as near as exact, and made faster than product quantisation.
                 # The size is kept when rows are added; of a number of partitions, most would be joined then.
                 config = IvfSq(distance_type="dot", target_partition_size=PARTITION_ROWS)
@@ -289,12 +290,12 @@ class ImageIndex:
         with _clock(seconds, "embed"):
             vector = self.embed_caption(caption)
         with _clock(seconds, "shortlist"):
-            columns = [*METADATA, "state"] if rerank_top_k and self.states else list(METADATA)
-            nearest = _nearest(self.table, vector, max(top_k, rerank_top_k), columns, where)
-            states = [hit.pop("state") for hit in nearest] if len(columns) > len(METADATA) else []
+            kept = ["state"] if rerank_top_k and self.states else []
+            nearest = _nearest(self.table, vector, max(top_k, rerank_top_k), [*METADATA, *kept], where)
+            states = [hit.pop("state") for hit in nearest if kept]
         if rerank_top_k:
             with _clock(seconds, "re-rank"):
-                scores = self._score_images(caption, nearest[:rerank_top_k], states)
+                scores = self._score_images(caption, nearest[:rerank_top_k], states[:rerank_top_k])
                 nearest = _rerank(scores, nearest, similarity_weight * self.model.similarity_scale().item())
         return self._merged(nearest, vector, top_k, where, seconds)
 

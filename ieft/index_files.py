@@ -98,6 +98,7 @@ def _describe_file(file, width, height, window):
 
 
 def digest_file(file):
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(1 << 20):

@@ -19,6 +19,8 @@ from processing_ieft import IeftImageProcessor, IeftProcessor
 
 pytest.importorskip("lancedb", reason="the vector store, extra `search`, is not installed")
 
+from lancedb.index import IvfPq  # noqa: E402
+
 from ieft import index as index_module  # noqa: E402
 from ieft.index import ImageIndex, merge_overlaps  # noqa: E402
 from ieft.index_files import find_images, read_hit  # noqa: E402
@@ -206,6 +208,7 @@ def test_the_vector_index_finds_what_the_comparison_does(index, monkeypatch):
     queries = draw_vectors(100, draw)
     assert part_found(index, queries) == 1
     monkeypatch.setattr(index_module, "FEWEST_FOR_VECTOR_INDEX", 1000)
+    index.table.create_index("vector", config=IvfPq(distance_type="dot", num_sub_vectors=1))  # as it was: replaced
     index.optimize()
     assert [found.index_type for found in index.table.list_indices()] == ["IvfSq"]
     assert part_found(index, queries) > 0.98
