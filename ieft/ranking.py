@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ieft.prepacked import can_prepack, multiplies_bfloat16, prepack
+from ieft.prepacked import can_prepack, memory_kept, multiplies_bfloat16, prepack
 
 logger = logging.getLogger(__name__)
 
@@ -346,7 +346,8 @@ def _inference(model, dtype):
     try:
         with torch.no_grad():
             if can_prepack(model, dtype):
-                yield prepack(model, dtype)
+                with memory_kept():
+                    yield prepack(model, dtype)
             else:
                 with torch.autocast(model.device.type, dtype=dtype, enabled=dtype not in (None, model.dtype)):
                     yield model

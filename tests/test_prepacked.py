@@ -1,5 +1,11 @@
 """Networks laid out for a CPU against the networks that they were made from."""
 
+import ctypes
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -46,16 +52,61 @@ def test_the_copy_scores_as_the_model_and_leaves_it_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scale", [1.0, 30.0])  # small logits, and some whose exponentials would be infinite
+@pytest.mark.parametrize("scale", [1.0, 30.0, -200.0])  # exponentials of all sizes, some infinite, all 0
 def test_attention_in_blocks_is_attention(dtype, scale, monkeypatch):
     monkeypatch.setattr("ieft.prepacked.LOGITS_AT_ONCE", 50)  # several blocks, the last one smaller
+    monkeypatch.setattr("ieft.prepacked.LOGITS_WORTH_SPLITTING", 1)  # every head large
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 3, 5, 8).unbind()
-    query = query * scale
+    query, key = (query * scale, key) if scale > 0 else (query.abs() * scale, key.abs())
     context, _ = blockwise_attention(None, *(x.to(dtype) for x in (query, key, value)), None, 8**-0.5)
     expected = (query @ key.transpose(2, 3) * 8**-0.5).softmax(-1) @ value  # (B, H, Q, E)
-    tolerance = 1e-5 if dtype == torch.float32 else 0.05 * scale**0.5
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05 * abs(scale) ** 0.5
     torch.testing.assert_close(context.float(), expected.transpose(1, 2), atol=tolerance, rtol=0)
+
+
+@needs_mkldnn
+@pytest.mark.parametrize("num_pairs", [1, 3])
+def test_narrow_heads_one_by_one_give_attention(num_pairs):
+    """Of the channel attention's own shape, whose heads are views of one projection."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, num_pairs, 768, 36).unflatten(-1, (3, 12)).transpose(2, 3).unbind()
+    context, _ = blockwise_attention(None, query, key, value, None, 12**-0.5)
+    expected = (query.double() @ key.double().transpose(2, 3) * 12**-0.5).softmax(-1) @ value.double()
+    torch.testing.assert_close(context.double(), expected.transpose(1, 2), atol=5e-6, rtol=0)
+
+
+def test_no_logit_that_is_not_a_number_passes_for_a_small_one():
+    query = torch.full((1, 1, 4, 8), torch.nan)
+    for dtype in (torch.float32, torch.bfloat16):
+        context, _ = blockwise_attention(None, *[query.to(dtype)] * 3, None, 8**-0.5)
+        assert context.isnan().all()
+
+
+PAGES_TAKEN_ANEW = """
+import contextlib, resource, sys
+from ieft.prepacked import memory_kept
+import torch
+with memory_kept() if sys.argv[1] == "kept" else contextlib.nullcontext():
+    for step in range(60):
+        if step == 10:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.ones(12_000_000) for _ in range(2)]  # 48 MB each
+        del tensors
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+memory = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 1e6
+print(memory())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+def test_memory_is_kept_meanwhile_and_given_back_afterwards():
+    run = partial(subprocess.run, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    (kept, memory_after), (anew, memory_else) = (
+        map(float, run([sys.executable, "-c", PAGES_TAKEN_ANEW, way]).stdout.split()) for way in ("kept", "anew")
+    )
+    assert kept < 1000 < 50 * 2 * 48e6 / 4096 / 2 < anew
+    assert memory_after < memory_else + 30
 
 
 @needs_bf16
