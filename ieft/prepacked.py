@@ -129,7 +129,7 @@ def blockwise_attention(module, query, key, value, attention_mask, scaling, **kw
         heads = (x.contiguous().flatten(0, 1) for x in (query_in_bits, key, value))  # (B*H, Q or S, E) each
         contexts, sums = weigh(*heads)
         smallest, largest = sums.aminmax()
-        if smallest > 1 / LARGEST_SUM and largest < LARGEST_SUM:  # a NaN is neither
+        if smallest > 1 / LARGEST_SUM and largest < LARGEST_SUM:
             return (contexts / sums).unflatten(0, query.shape[:2]).transpose(1, 2), None
     context = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
     return context.transpose(1, 2), None
