@@ -10,24 +10,18 @@ float32.
 
 import copy
 import ctypes
-import math
 import platform
 import sys
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import AttentionInterface
 from transformers.activations import GELUActivation
+
+from ieft.cpu_attention import CPU_ATTENTION
 
 GELUS = (nn.GELU, GELUActivation)
 TOKENS_EXPECTED = 2048  # the size of batch that the layout is chosen for; others work too
-LOGITS_AT_ONCE = 2**20  # of attention, per thread: what is computed of them stays in its cache
-LOGITS_WORTH_SPLITTING = 2**17  # of one head, per thread, for all threads to work on it together
-LARGEST_SUM = 2.0**60  # of exponentials: it, and one over it, are far from the ends of float32 and bfloat16
-BLOCKWISE = "blockwise_without_maximum"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 PLAIN = ("none", [], "")  # no function after a linear map
 
@@ -52,7 +46,7 @@ def prepack(model, dtype=None):
     dtype = dtype or torch.float32
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     fast = copy.deepcopy(model, shared).eval()
-    fast.config._attn_implementation = BLOCKWISE
+    fast.config._attn_implementation = CPU_ATTENTION
     for parent in list(fast.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
@@ -114,57 +108,3 @@ class RoundedLayerNorm(nn.Module):
 
     def forward(self, inputs):
         return self.norm(inputs).to(self.dtype)
-
-
-def blockwise_attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Attention in blocks of heads that stay in cache: (B, H, Q, E) x (B, H, S, E) -> (B, Q, H, E), None.
-
-    It takes fewer steps than a softmax, which tells where heads are narrow and exponentials cost more than products:
-    no maximum is looked for, and sums are divided by at the end. Where a sum shows that logits were too large for
-    that, a softmax follows. Exponentials are powers of two, which are computed faster than those of e.
-    """
-    weigh = _way_to_weigh(query.dtype, query.shape[2] * key.shape[2])
-    if weigh and attention_mask is None:
-        query_in_bits = query * (scaling / math.log(2))
-        heads = (x.contiguous().flatten(0, 1) for x in (query_in_bits, key, value))  # (B*H, Q or S, E) each
-        contexts, sums = weigh(*heads)
-        smallest, largest = sums.aminmax()
-        if smallest > 1 / LARGEST_SUM and largest < LARGEST_SUM:
-            return (contexts / sums).unflatten(0, query.shape[:2]).transpose(1, 2), None
-    context = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
-    return context.transpose(1, 2), None
-
-
-def _way_to_weigh(dtype, logits_of_head):
-    """A function that gives values weighted by powers of two, and the sums of these, or None where it would not pay.
-
-    Queries (N, Q, E), keys and values (N, S, E) -> (N, Q, E), (N, Q, 1).
-    """
-    threads = torch.get_num_threads()
-    if dtype == torch.bfloat16:
-        return partial(_weigh_by_blocks, max(1, threads * LOGITS_AT_ONCE // logits_of_head))
-    return _weigh_head_by_head if logits_of_head >= threads * LOGITS_WORTH_SPLITTING else None
-
-
-def _weigh_by_blocks(at_once, queries, keys, values):
-    contexts, sums = torch.empty_like(queries), queries.new_empty(*queries.shape[:2], 1)
-    blocks = zip(*(x.split(at_once) for x in (queries, keys, values, contexts, sums)), strict=True)
-    for query, key, value, context, sums_of_block in blocks:
-        weights = torch.bmm(query, key.transpose(1, 2)).exp2_()  # (N, Q, S)
-        torch.sum(weights, -1, keepdim=True, out=sums_of_block)
-        torch.bmm(weights, value, out=context)
-    return contexts, sums
-
-
-def _weigh_head_by_head(queries, keys, values):
-    """A large head is as good as a linear map, and in float32 oneDNN's are up to twice as fast as batched products."""
-    multiply = torch.ops.mkldnn._linear_pointwise.default
-    values = F.pad(values.transpose(1, 2), (0, 0, 0, 1), value=1.0)  # (N, E+1, S): the sums come from a row of ones
-    weighted = queries.new_empty(*queries.shape[:2], values.shape[1])
-    for query, key, value, of_head in zip(queries, keys, values, weighted, strict=True):
-        weights = multiply(query, key, None, *PLAIN).exp2_()  # (Q, S)
-        of_head.copy_(multiply(weights, value, None, *PLAIN))
-    return weighted.split([values.shape[1] - 1, 1], dim=-1)
-
-
-AttentionInterface.register(BLOCKWISE, blockwise_attention)

@@ -20,6 +20,7 @@ LAYERS = {
     "ieft.twins": 1,
     "ieft.neighbours": 0,
     "ieft.two_stage": 2,
+    "ieft.cpu_attention": 0,
     "ieft.prepacked": 0,
     "ieft.pictures": 1,
     "ieft.ranking": 1,
@@ -49,6 +50,7 @@ SAME_LAYER = {
     "modeling_ieft": {"configuration_ieft", "layers_ieft", "pipeline_ieft"},
     "pipeline_ieft": {"processing_ieft"},
     "ieft.index": {"ieft.index_files"},
+    "ieft.prepacked": {"ieft.cpu_attention"},
     "processing_ieft": {"configuration_ieft"},
 }
 

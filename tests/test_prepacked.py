@@ -15,7 +15,8 @@ from torch import nn
 
 from configuration_ieft import IeftConfig
 from convert_checkpoint import rename_published
-from ieft.prepacked import BLOCKWISE, PrepackedLinear, blockwise_attention, can_prepack, prepack
+from ieft.cpu_attention import CPU_ATTENTION
+from ieft.prepacked import PrepackedLinear, can_prepack, prepack
 from ieft.ranking import score_matrix
 from modeling_ieft import IeftForImageTextRetrieval
 
@@ -46,36 +47,9 @@ def test_the_copy_scores_as_the_model_and_leaves_it_alone():
     assert any(isinstance(module, PrepackedLinear) for module in copy.modules())
     np.testing.assert_allclose(score_matrix(model, images, captions, progress=False), expected, atol=1e-5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert model.config._attn_implementation != BLOCKWISE
+    assert model.config._attn_implementation != CPU_ATTENTION
     embeddings = model.vilt.embeddings.text_embeddings.word_embeddings.weight
     assert copy.vilt.embeddings.text_embeddings.word_embeddings.weight is embeddings  # shared, not stored twice
-
-
-@needs_mkldnn
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scale", [1.0, 30.0, -200.0])  # exponentials of all sizes, some infinite, all 0
-def test_attention_in_blocks_is_attention(dtype, scale, monkeypatch):
-    monkeypatch.setattr("ieft.prepacked.LOGITS_AT_ONCE", 50)  # several blocks, the last one smaller
-    monkeypatch.setattr("ieft.prepacked.LOGITS_WORTH_SPLITTING", 1)  # every head large
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, 2, 3, 5, 8).unbind()
-    query, key = (query * scale, key) if scale > 0 else (query.abs() * scale, key.abs())
-    context, _ = blockwise_attention(None, *(x.to(dtype) for x in (query, key, value)), None, 8**-0.5)
-    expected = (query @ key.transpose(2, 3) * 8**-0.5).softmax(-1) @ value  # (B, H, Q, E)
-    tolerance = 1e-5 if dtype == torch.float32 else 0.05 * abs(scale) ** 0.5
-    torch.testing.assert_close(context.float(), expected.transpose(1, 2), atol=tolerance, rtol=0)
-
-
-@needs_mkldnn
-@pytest.mark.parametrize("num_pairs", [1, 3])
-def test_narrow_heads_one_by_one_give_attention(num_pairs, monkeypatch):
-    """Of the channel attention's own shape, whose heads are views of one projection."""
-    monkeypatch.setattr("ieft.prepacked.LOGITS_WORTH_SPLITTING", 1)  # with any number of threads
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, num_pairs, 768, 36).unflatten(-1, (3, 12)).transpose(2, 3).unbind()
-    context, _ = blockwise_attention(None, query, key, value, None, 12**-0.5)
-    expected = (query.double() @ key.double().transpose(2, 3) * 12**-0.5).softmax(-1) @ value.double()
-    torch.testing.assert_close(context.double(), expected.transpose(1, 2), atol=5e-6, rtol=0)
 
 
 PAGES_TAKEN_ANEW = """
