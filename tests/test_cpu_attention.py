@@ -83,6 +83,37 @@ def test_logits_of_any_size(scale):
 
 
 @needs_compiler
+def test_one_query_of_large_logits_among_others():
+    query, key, value = draw(1, 40, 2, 8)
+    query[:, :, 0] *= 500
+    torch.testing.assert_close(attend(query, key, value).double(), written_out(query, key, value), atol=1e-4, rtol=0)
+
+
+def weigh_two(logits):
+    """The weight (N,) of the first of two tokens whose logits are `logits` (N,) and 0."""
+    ones, zeros = torch.ones_like(logits), torch.zeros_like(logits)
+    query, key, value = (
+        torch.stack(both, dim=1)[:, None, :, None]  # (N, 1, 2, 1)
+        for both in ((logits, zeros), (ones, zeros), (ones, zeros))
+    )
+    return attend(query, key, value)[:, 0, 0, 0]
+
+
+@needs_compiler
+def test_exponentials_are_as_exact_as_float32(monkeypatch):
+    monkeypatch.setattr(compiled.F, "scaled_dot_product_attention", None)
+    logits = torch.linspace(-2, 2, 4001)
+    torch.testing.assert_close(weigh_two(logits).double(), logits.double().sigmoid(), rtol=4e-7, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("logit", [-355.0, -88.0, -30.0, 30.0, 41.0, 42.0, 88.0, 355.0])
+def test_exponentials_beyond_float32(logit):
+    logits = torch.tensor([logit])
+    torch.testing.assert_close(weigh_two(logits), logits.sigmoid(), rtol=1e-5, atol=1e-30)
+
+
+@needs_compiler
 @pytest.mark.parametrize("side", [0, 1, 2])
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 def test_what_is_no_number_stays_none(side, wrong):
