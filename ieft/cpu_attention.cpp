@@ -4,7 +4,7 @@
 // whether they are good. It does not know masks, dropout or gradients.
 //
 // Logits never reach memory: as many queries as fit one vector register meet a few keys at a time, whose exponentials
-// weigh the values at once (as FlashAttention, Dao et al., NeurIPS 2022). Other than there no maximum is subtracted:
+// weigh the values at once (as FlashAttention, Dao et al., NeurIPS 2022). Unlike there, no maximum is subtracted:
 // exponentials are summed as they are, and a sum near the ends of float32 tells that they were too large or too small
 // for that. The order of sums depends on nothing but the number of tokens: any number of threads gives the same bits.
 

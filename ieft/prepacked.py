@@ -23,7 +23,6 @@ from ieft.cpu_attention import CPU_ATTENTION
 GELUS = (nn.GELU, GELUActivation)
 TOKENS_EXPECTED = 2048  # the size of batch that the layout is chosen for; others work too
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
-PLAIN = ("none", [], "")  # no function after a linear map
 
 
 def can_prepack(model, dtype):
@@ -91,7 +90,7 @@ class PrepackedLinear(nn.Module):
         self.dtype = dtype
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), TOKENS_EXPECTED)
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-        self.after = ("gelu", [], "none") if fuse_gelu else PLAIN
+        self.after = ("gelu", [], "none") if fuse_gelu else ("none", [], "")
 
     @torch.no_grad()
     def forward(self, inputs):
