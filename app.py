@@ -4,7 +4,8 @@
     IEFT_MODEL=user/ieft-scenes IEFT_INDEX=archive.lance IEFT_ARCHIVE=archive python app.py
 
 In: a checkpoint with contrastive heads and an index, made first from `--archive` where that is given. Out: a Gradio
-page, also as a Hugging Face Space. How images are found and explained is left to `ieft.index` and `ieft.explain`.
+page, also as a Hugging Face Space. How images are found and explained is left to `ieft.search.index` and
+`ieft.search.explain`.
 
 Visitors are not trusted. They see thumbnails and file names, no paths and no files; what they send is bounded in size,
 rate and pixels, and only the addresses that the page itself needs are answered.
@@ -33,10 +34,10 @@ from starlette.responses import JSONResponse
 from transformers.utils import logging
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor, draw_scene
-from ieft.explain import draw_heat_map, explain_pair
-from ieft.index import ImageIndex
-from ieft.index_files import find_images, read_hit
-from ieft.search import to_geojson
+from ieft.search.archive_files import find_images, read_hit
+from ieft.search.command import to_geojson
+from ieft.search.explain import draw_heat_map, explain_pair
+from ieft.search.index import ImageIndex
 from processing_ieft import to_rgb
 
 MEGABYTE = 1 << 20

@@ -3,7 +3,8 @@
     python prepare_datasets.py rsicd --data_dir RSICD --output_dir prepared/rsicd
     python prepare_datasets.py captions.csv --output_dir prepared/mine --push_to_hub user/mine
 
-In: the name of a dataset and the folder or archive it was distributed in, any folder or file that `ieft/sources.py`
+In: the name of a dataset and the folder or archive it was distributed in, any folder or file that
+`ieft/data/sources.py`
 reads, or a dataset on the Hub. Out: the splits `train`, `validation` and `test` with the columns `image`, `filename`
 and `captions`; from the command, as parquet shards. It knows nothing of networks or tensors, and never changes what
 the user has.
@@ -27,14 +28,14 @@ from datasets.table import embed_table_storage
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, constants
 from tqdm import tqdm
 
-from ieft.archives import extract, is_archive, tar_members
-from ieft.bad_rows import MISSING, UNREADABLE, BadRowsError, describe, save_bad_rows, usable_rows
-from ieft.builders import SCENES_SEED, CaptionRowsBuilder, ScenesBuilder
-from ieft.dataset_report import measure_collection, save_report
-from ieft.downloads import download
-from ieft.pictures import parse_bands, read_picture
-from ieft.sources import IMAGE_ENDINGS, Source, read_source, read_webdataset, table_source
-from ieft.streams import LazyRows, load_from_hub, stream_hub_dataset, stream_rows
+from ieft.data.archives import extract, is_archive, tar_members
+from ieft.data.builders import SCENES_SEED, CaptionRowsBuilder, ScenesBuilder
+from ieft.data.downloads import download
+from ieft.data.images import parse_bands, read_picture
+from ieft.data.invalid_examples import MISSING, UNREADABLE, BadRowsError, describe, save_bad_rows, usable_rows
+from ieft.data.report import measure_collection, save_report
+from ieft.data.sources import IMAGE_ENDINGS, Source, read_source, read_webdataset, table_source
+from ieft.data.streaming import LazyRows, load_from_hub, stream_hub_dataset, stream_rows
 
 logger = logging.getLogger(__name__)
 

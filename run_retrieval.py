@@ -26,16 +26,16 @@ from transformers import HfArgumentParser, set_seed
 
 from configuration_ieft import IeftConfig
 from convert_checkpoint import load_any_checkpoint
-from ieft.bad_rows import BadRowsError, save_bad_rows
-from ieft.batches import EvaluationSet, TrainingItems, learn_tokenizer
-from ieft.checkpoints import explained_if_not_written, find_damage, find_last_checkpoint, write_json
-from ieft.distillation import check_teacher
+from ieft.data.invalid_examples import BadRowsError, save_bad_rows
+from ieft.evaluation.report import ranked_sheet, recall_table, training_curves, two_stage_table
+from ieft.evaluation.two_stage import choose_similarity_weight, compare_stages, make_shortlists
 from ieft.hub import push_folder, write_model_card
-from ieft.processes import leave_processes
-from ieft.report import ranked_sheet, recall_table, training_curves, two_stage_table
-from ieft.settings import read_settings, refuse_settings
-from ieft.trainer import IeftTrainer, IeftTrainingArguments
-from ieft.two_stage import choose_similarity_weight, compare_stages, make_shortlists
+from ieft.training.checkpoints import explained_if_not_written, find_damage, find_last_checkpoint, write_json
+from ieft.training.distillation import check_teacher
+from ieft.training.distributed import leave_processes
+from ieft.training.items import EvaluationSet, TrainingItems, learn_tokenizer
+from ieft.training.settings import read_settings, refuse_settings
+from ieft.training.trainer import IeftTrainer, IeftTrainingArguments
 from modeling_ieft import IeftForImageTextRetrieval
 from prepare_datasets import load_and_check, load_lazily
 from processing_ieft import IeftImageProcessor, IeftProcessor, to_rgb

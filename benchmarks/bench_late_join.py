@@ -34,12 +34,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import set_seed
 
 from configuration_ieft import IeftConfig
-from ieft import ranking
-from ieft.batches import EvaluationSet, TrainingItems, learn_tokenizer
-from ieft.metrics import expected_hits
-from ieft.ranking import score_matrix, score_pairs
-from ieft.states import KINDS, decode_state, encode_state
-from ieft.trainer import IeftTrainer, IeftTrainingArguments
+from ieft.evaluation import ranking
+from ieft.evaluation.metrics import expected_hits
+from ieft.evaluation.ranking import score_matrix, score_pairs
+from ieft.search.feature_cache import KINDS, decode_state, encode_state
+from ieft.training.items import EvaluationSet, TrainingItems, learn_tokenizer
+from ieft.training.trainer import IeftTrainer, IeftTrainingArguments
 from modeling_ieft import IeftForImageTextRetrieval
 from prepare_datasets import load_retrieval_dataset
 from processing_ieft import IeftImageProcessor, IeftProcessor

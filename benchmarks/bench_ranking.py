@@ -27,8 +27,8 @@ from published import PADDED_LENGTH, as_published, draw_captions, pad
 from torch.utils.flop_counter import FlopCounterMode
 
 from configuration_ieft import IeftConfig
-from ieft import ranking
-from ieft.prepacked import PrepackedLinear, can_prepack
+from ieft.cpu.prepacked import PrepackedLinear, can_prepack
+from ieft.evaluation import ranking
 from modeling_ieft import IeftForImageTextRetrieval
 
 PUBLISHED_BATCH, SMALL_BATCH = 64, 8

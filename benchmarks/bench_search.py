@@ -24,8 +24,8 @@ import pyarrow as pa
 import torch
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor
-from ieft.index import METADATA, ImageIndex
-from ieft.scenes import draw_scene
+from ieft.data.scenes import draw_scene
+from ieft.search.index import METADATA, ImageIndex
 
 CENTRES, SPREAD = 2000, 0.7
 ROWS_AT_ONCE = 50_000

@@ -27,8 +27,8 @@ from published import PADDED_LENGTH, as_published, draw_captions, pad
 from torch.nn.functional import cross_entropy
 
 from configuration_ieft import IeftConfig
-from ieft.batches import TrainingItems, learn_tokenizer
-from ieft.trainer import IeftTrainer, IeftTrainingArguments
+from ieft.training.items import TrainingItems, learn_tokenizer
+from ieft.training.trainer import IeftTrainer, IeftTrainingArguments
 from modeling_ieft import IeftForImageTextRetrieval
 from processing_ieft import IeftImageProcessor, IeftProcessor
 

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor
-from ieft.batches import EvaluationSet
-from ieft.builders import SCENES_SEED
-from ieft.metrics import retrieval_recalls
-from ieft.ranking import score_matrix
-from ieft.report import two_stage_table
-from ieft.twins import SPLITS, draw_twin
-from ieft.two_stage import choose_similarity_weight, compare_stages, make_shortlists
+from ieft.data.builders import SCENES_SEED
+from ieft.data.hard_scenes import SPLITS, draw_twin
+from ieft.evaluation.metrics import retrieval_recalls
+from ieft.evaluation.ranking import score_matrix
+from ieft.evaluation.report import two_stage_table
+from ieft.evaluation.two_stage import choose_similarity_weight, compare_stages, make_shortlists
+from ieft.training.items import EvaluationSet
 from prepare_datasets import load_retrieval_dataset
 
 ROOT = Path(__file__).parent.parent

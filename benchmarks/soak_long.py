@@ -23,8 +23,8 @@ import transformers
 from transformers import TrainerCallback
 
 from configuration_ieft import IeftConfig
-from ieft.batches import EvaluationSet, TrainingItems, learn_tokenizer
-from ieft.trainer import IeftTrainer, IeftTrainingArguments
+from ieft.training.items import EvaluationSet, TrainingItems, learn_tokenizer
+from ieft.training.trainer import IeftTrainer, IeftTrainingArguments
 from modeling_ieft import IeftForImageTextRetrieval
 from prepare_datasets import load_retrieval_dataset
 from processing_ieft import IeftImageProcessor, IeftProcessor

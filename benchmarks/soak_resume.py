@@ -31,8 +31,8 @@ import transformers
 
 import run_retrieval
 from configuration_ieft import IeftConfig
-from ieft.batches import learn_tokenizer
-from ieft.checkpoints import UNFINISHED, find_last_checkpoint
+from ieft.training.checkpoints import UNFINISHED, find_last_checkpoint
+from ieft.training.items import learn_tokenizer
 from modeling_ieft import IeftForImageTextRetrieval
 from prepare_datasets import load_retrieval_dataset
 from processing_ieft import IeftImageProcessor, IeftProcessor

@@ -24,13 +24,13 @@ from transformers import BertTokenizer
 
 from configuration_ieft import IeftConfig
 from convert_checkpoint import build_model, published_config, read_tensors, rename_published
-from ieft.archives import Limits, extract
-from ieft.bad_rows import describe, usable_rows
-from ieft.filters import check_where, fetch
-from ieft.index import METADATA
-from ieft.pictures import read_picture
-from ieft.ranking import _ScoreCache
-from ieft.sources import read_source
+from ieft.data.archives import Limits, extract
+from ieft.data.images import read_picture
+from ieft.data.invalid_examples import describe, usable_rows
+from ieft.data.sources import read_source
+from ieft.evaluation.ranking import _ScoreCache
+from ieft.search.filters import check_where, fetch
+from ieft.search.index import METADATA
 from modeling_ieft import IeftForImageTextRetrieval
 from processing_ieft import IeftImageProcessor, IeftProcessor, open_picture
 from run_retrieval import parse_arguments

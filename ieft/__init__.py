@@ -15,14 +15,14 @@ from pipeline_ieft import ImageTextRetrievalPipeline
 from processing_ieft import IeftImageProcessor, IeftProcessor
 
 LOADED_ON_FIRST_USE = {
-    "EvaluationSet": "ieft.batches",
-    "TrainingItems": "ieft.batches",
-    "keep_unique_captions": "ieft.metrics",
-    "retrieval_recalls": "ieft.metrics",
-    "score_matrix": "ieft.ranking",
-    "draw_scene": "ieft.scenes",
-    "IeftTrainer": "ieft.trainer",
-    "IeftTrainingArguments": "ieft.trainer",
+    "EvaluationSet": "ieft.training.items",
+    "TrainingItems": "ieft.training.items",
+    "keep_unique_captions": "ieft.evaluation.metrics",
+    "retrieval_recalls": "ieft.evaluation.metrics",
+    "score_matrix": "ieft.evaluation.ranking",
+    "draw_scene": "ieft.data.scenes",
+    "IeftTrainer": "ieft.training.trainer",
+    "IeftTrainingArguments": "ieft.training.trainer",
     "load_retrieval_dataset": "prepare_datasets",
 }
 

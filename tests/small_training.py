@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
 
 from configuration_ieft import IeftConfig
-from ieft import checkpoints
-from ieft.batches import EvaluationSet, TrainingItems, learn_tokenizer
-from ieft.checkpoints import find_last_checkpoint
-from ieft.scenes import draw_scene
-from ieft.trainer import IeftTrainer, IeftTrainingArguments
+from ieft.data.scenes import draw_scene
+from ieft.training import checkpoints
+from ieft.training.checkpoints import find_last_checkpoint
+from ieft.training.items import EvaluationSet, TrainingItems, learn_tokenizer
+from ieft.training.trainer import IeftTrainer, IeftTrainingArguments
 from modeling_ieft import IeftForImageTextRetrieval
 from processing_ieft import IeftImageProcessor, IeftProcessor
 

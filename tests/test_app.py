@@ -29,10 +29,10 @@ import httpx  # noqa: E402
 from test_index import CAPTIONS, checkpoint, loaded  # noqa: E402, F401
 
 import app  # noqa: E402
-from ieft.explain import draw_heat_map, explain_pair  # noqa: E402
-from ieft.index import ImageIndex  # noqa: E402
-from ieft.index_files import find_images  # noqa: E402
-from ieft.pictures import read_picture  # noqa: E402
+from ieft.data.images import read_picture  # noqa: E402
+from ieft.search.archive_files import find_images  # noqa: E402
+from ieft.search.explain import draw_heat_map, explain_pair  # noqa: E402
+from ieft.search.index import ImageIndex  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

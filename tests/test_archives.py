@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from ieft.archives import Limits, UnsafeArchiveError, extract, tar_members
+from ieft.data.archives import Limits, UnsafeArchiveError, extract, tar_members
 
 
 def write_zip(path, files):

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import BertTokenizer
 
-from ieft.batches import EvaluationSet, SplitImages, TrainingItems, learn_tokenizer, randomly_augmented, turn
+from ieft.training.items import EvaluationSet, SplitImages, TrainingItems, learn_tokenizer, randomly_augmented, turn
 from processing_ieft import IeftImageProcessor, IeftProcessor
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +44,7 @@ def items_of(split, processor, **options):
 
 
 NUMBER_TOKENS = """
-from ieft.batches import learn_tokenizer
+from ieft.training.items import learn_tokenizer
 words = "red house beside river two ships many boats harbour green field wide near road stadium big".split()
 captions = [f"{one} {other} ." for one in words for other in words]  # every word is as frequent as the next
 print(sorted(learn_tokenizer(captions).get_vocab().items()))
@@ -190,7 +190,7 @@ def test_evaluation_set_keeps_repeated_sentences_once_per_image(split, processor
 
 def test_large_collections_are_not_kept_in_memory(split, processor, monkeypatch):
     kept = SplitImages(split, processor)
-    monkeypatch.setattr("ieft.batches.MAX_CACHED_BYTES", 10)
+    monkeypatch.setattr("ieft.training.items.MAX_CACHED_BYTES", 10)
     streamed = SplitImages(split, processor)
     assert torch.equal(kept[2], streamed[2]) and torch.equal(kept[2], kept[2])
     assert streamed._squares is None and len(kept._squares) == 1

@@ -13,10 +13,10 @@ import pytest
 import torch
 from test_ranking import make_model, make_sides
 
-from ieft import cpu_attention as compiled
-from ieft.cpu_attention import compiled_for, cpu_attention
-from ieft.prepacked import can_prepack
-from ieft.ranking import score_matrix
+from ieft.cpu import attention as compiled
+from ieft.cpu.attention import compiled_for, cpu_attention
+from ieft.cpu.prepacked import can_prepack
+from ieft.evaluation.ranking import score_matrix
 
 ROOT = Path(__file__).parent.parent
 INSTRUCTIONS = ["native", "-mno-avx512f", "-mno-avx"] if platform.machine() in ("x86_64", "AMD64") else ["native"]
@@ -153,7 +153,7 @@ def test_without_a_compiler_scores_are_the_same(compiler, monkeypatch, caplog):
     expected = score_matrix(model, images, captions, progress=False)
     compiled_for.cache_clear()
     monkeypatch.setenv("CXX", compiler)
-    with caplog.at_level(logging.INFO, "ieft.cpu_attention"):
+    with caplog.at_level(logging.INFO, "ieft.cpu.attention"):
         scores = score_matrix(model, images, captions, progress=False)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     assert "PyTorch's attention" in caplog.text
@@ -171,4 +171,4 @@ def test_the_source_is_in_the_wheel(tmp_path):
     shutil.copytree(ROOT, tmp_path / "clone", ignore=shutil.ignore_patterns(".*", "outputs", "*.egg-info", "build"))
     subprocess.run([*command, str(tmp_path), str(tmp_path / "clone")], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    assert "ieft/cpu_attention.cpp" in zipfile.ZipFile(wheel).namelist()
+    assert "ieft/cpu/attention.cpp" in zipfile.ZipFile(wheel).namelist()

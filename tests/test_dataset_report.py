@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ieft.dataset_report import ALIKE_BITS, hash_picture, look_at, measure_collection, recall_ceiling, save_report
-from ieft.metrics import keep_unique_captions, retrieval_recalls
+from ieft.data.report import ALIKE_BITS, hash_picture, look_at, measure_collection, recall_ceiling, save_report
+from ieft.evaluation.metrics import keep_unique_captions, retrieval_recalls
 from prepare_datasets import main
 
 

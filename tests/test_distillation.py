@@ -6,9 +6,9 @@ from test_run_retrieval import SMALL
 from test_trainer import first_batch, make_trainer, processor, split  # noqa: F401
 
 import run_retrieval
-from ieft.batches import learn_tokenizer
-from ieft.distillation import check_teacher, group_divergence, listwise_divergence
-from ieft.trainer import matching_loss
+from ieft.training.distillation import check_teacher, group_divergence, listwise_divergence
+from ieft.training.items import learn_tokenizer
+from ieft.training.trainer import matching_loss
 from modeling_ieft import IeftForImageTextRetrieval
 from processing_ieft import IeftProcessor
 

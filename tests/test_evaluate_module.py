@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ieft.metrics import retrieval_recalls
+from ieft.evaluation.metrics import retrieval_recalls
 
 ROOT = Path(__file__).parent.parent
 CASE = json.loads((ROOT / "tests" / "golden" / "golden_metrics.json").read_text())["cases"][1]
@@ -39,7 +39,7 @@ try:
     recall.compute(predictions=[[1.0, float("nan")]], caption_image=[0, 0])
 except ValueError as error:
     answer["nan"] = str(error)
-sys.modules["ieft.metrics"] = None  # as where ieft is not installed
+sys.modules["ieft.evaluation.metrics"] = None  # as where ieft is not installed
 try:
     evaluate.load(folder)
 except ImportError as error:

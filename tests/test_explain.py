@@ -9,7 +9,7 @@ from PIL import Image
 from test_modeling import tiny_config
 from transformers import BertTokenizer
 
-from ieft.explain import draw_heat_map, explain_pair
+from ieft.search.explain import draw_heat_map, explain_pair
 from modeling_ieft import IeftForImageTextRetrieval
 from processing_ieft import IeftImageProcessor, IeftProcessor
 

@@ -23,9 +23,9 @@ import ieft  # noqa: E402, F401 (makes the auto classes know it)
 from configuration_ieft import IeftConfig  # noqa: E402
 from convert_checkpoint import load_any_checkpoint, main, read_tensors  # noqa: E402
 from fuzz.targets import TINY, is_documented, tiny_published  # noqa: E402
-from ieft.filters import check_where  # noqa: E402
-from ieft.index import ImageIndex  # noqa: E402
-from ieft.index_files import find_images  # noqa: E402
+from ieft.search.archive_files import find_images  # noqa: E402
+from ieft.search.filters import check_where  # noqa: E402
+from ieft.search.index import ImageIndex  # noqa: E402
 from modeling_ieft import IeftForImageTextRetrieval, IeftModel  # noqa: E402
 from pipeline_ieft import find_processor  # noqa: E402
 from prepare_datasets import image_fault  # noqa: E402

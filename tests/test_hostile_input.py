@@ -27,11 +27,11 @@ pytest.importorskip("lancedb", reason="the vector store, extra `search`, is not 
 import ieft  # noqa: E402, F401 (makes the auto classes know it)
 from configuration_ieft import IeftConfig  # noqa: E402
 from fuzz.targets import TARGETS, TINY, call  # noqa: E402
-from ieft.archives import UnsafeArchiveError, extract, tar_members  # noqa: E402
-from ieft.bad_rows import usable_rows  # noqa: E402
-from ieft.downloads import download  # noqa: E402
-from ieft.sources import read_source  # noqa: E402
-from ieft.streams import stream_hub_dataset  # noqa: E402
+from ieft.data.archives import UnsafeArchiveError, extract, tar_members  # noqa: E402
+from ieft.data.downloads import download  # noqa: E402
+from ieft.data.invalid_examples import usable_rows  # noqa: E402
+from ieft.data.sources import read_source  # noqa: E402
+from ieft.data.streaming import stream_hub_dataset  # noqa: E402
 from prepare_datasets import find_source, image_fault, read_hub_dataset  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -220,7 +220,7 @@ def raw_tar(*members):
 def test_a_tar_that_goes_back_over_itself_ends(tmp_path, read):
     """A negative size takes Python's own reader back to the same header for ever (CVE-2025-8194)."""
     (tmp_path / "a.tar").write_bytes(raw_tar(("a", 0, tarfile.REGTYPE, b""), ("b", -1024, tarfile.REGTYPE, b"")))
-    code = f"from ieft.archives import extract, tar_members; print({read})"
+    code = f"from ieft.data.archives import extract, tar_members; print({read})"
     assert "a header of -1,024 bytes" in run_limited(code, tmp_path / "a.tar", tmp_path / "out", seconds=20)
 
 
@@ -229,7 +229,7 @@ def test_a_name_without_end_in_a_tar_is_not_read_into_memory(tmp_path):
         member = tarfile.TarInfo("long")
         member.type, member.size = tarfile.GNUTYPE_LONGNAME, 50 * 2**20
         archive.addfile(member, open("/dev/zero", "rb"))
-    code = "from ieft.archives import extract; extract(sys.argv[1], sys.argv[2])"
+    code = "from ieft.data.archives import extract; extract(sys.argv[1], sys.argv[2])"
     assert "a header of 52,428,800 bytes" in run_limited(code, tmp_path / "a.tar.gz", tmp_path / "o")
 
 
@@ -282,8 +282,8 @@ def test_damage_anywhere_in_an_archive_is_an_error_of_ours(tmp_path, ending):
 def test_an_archive_unpacks_to_so_many_times_its_size(tmp_path, monkeypatch):
     """A zip of a few kilobytes may not fill the disk up to the limit that is there for large datasets."""
     archive = write_zip(tmp_path / "a.zip", {str(number): bytes(3_000_000) for number in range(3)})
-    monkeypatch.setattr("ieft.archives.MAX_RATIO", 100)
-    monkeypatch.setattr("ieft.archives.FREE_BYTES", 4_000_000)
+    monkeypatch.setattr("ieft.data.archives.MAX_RATIO", 100)
+    monkeypatch.setattr("ieft.data.archives.FREE_BYTES", 4_000_000)
     with pytest.raises(UnsafeArchiveError, match="more than is allowed"):
         extract(archive, tmp_path / "out")
 
@@ -293,7 +293,7 @@ def test_a_table_of_kilobytes_that_stands_for_gigabytes_is_refused(tmp_path):
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 200_000, pa.int32()), one)
     pq.write_table(pa.table({"image": column, "caption": column}), tmp_path / "rows.parquet", compression="zstd")
     assert (tmp_path / "rows.parquet").stat().st_size < 200_000
-    code = "from ieft.sources import read_source; read_source(sys.argv[1], 'rows')"
+    code = "from ieft.data.sources import read_source; read_source(sys.argv[1], 'rows')"
     assert "bytes once unpacked" in run_limited(code, tmp_path / "rows.parquet")
 
 
@@ -304,7 +304,7 @@ def test_the_offsets_of_an_arrow_file_are_not_followed_outside_it(tmp_path):
     whole, offsets = (tmp_path / "a.arrow").read_bytes(), struct.pack("<3i", 0, 3, 5)
     assert whole.count(offsets) == 1
     (tmp_path / "a.arrow").write_bytes(whole.replace(offsets, struct.pack("<3i", 0, 3, 2**30)))
-    code = "from ieft.sources import read_source; read_source(sys.argv[1], 'a')"
+    code = "from ieft.data.sources import read_source; read_source(sys.argv[1], 'a')"
     assert "is not an arrow file" in run_limited(code, tmp_path / "a.arrow")
 
 

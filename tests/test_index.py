@@ -21,10 +21,10 @@ pytest.importorskip("lancedb", reason="the vector store, extra `search`, is not 
 
 from lancedb.index import IvfPq  # noqa: E402
 
-from ieft import index as index_module  # noqa: E402
-from ieft.index import ImageIndex, merge_overlaps  # noqa: E402
-from ieft.index_files import find_images, read_hit  # noqa: E402
-from ieft.pictures import read_picture  # noqa: E402
+from ieft.data.images import read_picture  # noqa: E402
+from ieft.search import index as index_module  # noqa: E402
+from ieft.search.archive_files import find_images, read_hit  # noqa: E402
+from ieft.search.index import ImageIndex, merge_overlaps  # noqa: E402
 
 CAPTIONS = ["two red houses .", "a green river .", "many grey ships beside a beach ."]
 NUM_IMAGES = 24
@@ -311,7 +311,7 @@ def test_a_scene_is_indexed_by_tiles_and_they_are_one_unit(index, scene, archive
 
 def test_a_tile_is_embedded_and_re_ranked_as_its_own_picture(index, loaded, scene):
     """The slow twin reads all of the scene and cuts it."""
-    from ieft.tiles import Scene, Window
+    from ieft.search.tiles import Scene, Window
 
     index.add([scene], tile=32)
     with Scene(scene) as opened:
@@ -405,8 +405,8 @@ def test_filters_on_time_and_what_is_added_again(index, archive):
 ADD = """
 import sys
 from ieft import IeftForImageTextRetrieval, IeftProcessor
-from ieft.index import ImageIndex
-from ieft.index_files import find_images
+from ieft.search.index import ImageIndex
+from ieft.search.archive_files import find_images
 model, processor = (kind.from_pretrained(sys.argv[1]) for kind in (IeftForImageTextRetrieval, IeftProcessor))
 index = ImageIndex(sys.argv[2], model, processor=processor, create=True)
 print("ready", flush=True)

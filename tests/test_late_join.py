@@ -6,8 +6,8 @@ import torch
 from test_ranking import make_sides, one_thread, slow_matrix  # noqa: F401
 
 from configuration_ieft import IeftConfig
-from ieft import ranking
-from ieft.ranking import score_matrix, score_pairs
+from ieft.evaluation import ranking
+from ieft.evaluation.ranking import score_matrix, score_pairs
 from modeling_ieft import IeftForImageTextRetrieval
 
 NUM_BLOCKS = 4

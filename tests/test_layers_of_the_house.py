@@ -1,4 +1,4 @@
-"""Who may import whom: data flows one way, from the network to the commands."""
+"""Who may import whom: packages are layers, and imports point down."""
 
 import ast
 from pathlib import Path
@@ -6,80 +6,55 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# File -> layer. A file imports from lower layers alone, but for the exceptions in SAME_LAYER.
-LAYERS = {
-    "configuration_ieft": 0,
-    "layers_ieft": 0,
-    "modeling_ieft": 0,
-    "processing_ieft": 0,
-    "pipeline_ieft": 0,
-    "ieft.checkpoints": 0,
-    "ieft.metrics": 0,
-    "ieft.processes": 0,
-    "ieft.scenes": 0,
-    "ieft.twins": 1,
-    "ieft.neighbours": 0,
-    "ieft.two_stage": 2,
-    "ieft.cpu_attention": 0,
-    "ieft.prepacked": 0,
-    "ieft.pictures": 1,
-    "ieft.ranking": 1,
-    "ieft.tiles": 2,
-    "ieft.batches": 2,
-    "ieft.distillation": 0,
-    "ieft.states": 0,
-    "ieft.filters": 0,
-    "ieft.settings": 0,
-    "ieft.explain": 2,
-    "ieft.index": 3,
-    "ieft.index_files": 3,
-    "ieft.report": 2,
-    "ieft.trainer": 2,
-    "ieft.archives": 0,
-    "ieft.bad_rows": 0,
-    "ieft.builders": 2,
-    "ieft.dataset_report": 2,
-    "ieft.downloads": 0,
-    "ieft.sources": 1,
-    "ieft.streams": 3,
-    "ieft.search": 4,
-    "prepare_datasets": 4,
+# Package -> the packages that it may import, beside itself and the Hub files. Commands may import all of them.
+MAY_IMPORT = {
+    "data": set(),
+    "cpu": set(),
+    "evaluation": {"cpu"},
+    "training": {"evaluation"},
+    "search": {"data", "evaluation"},
+    "hub": set(),
 }
-TOP_LAYER = 5  # the root commands, benchmarks, the `evaluate` module, the package's lazy front
-SAME_LAYER = {
-    "modeling_ieft": {"configuration_ieft", "layers_ieft", "pipeline_ieft"},
-    "pipeline_ieft": {"processing_ieft"},
-    "ieft.index": {"ieft.index_files"},
-    "ieft.prepacked": {"ieft.cpu_attention"},
-    "processing_ieft": {"configuration_ieft"},
-}
+HUB_FILES = {"configuration_ieft", "layers_ieft", "modeling_ieft", "processing_ieft", "pipeline_ieft"}
 
 
-def local_modules():
-    paths = [*ROOT.glob("*.py"), *ROOT.glob("ieft/*.py")]
+def modules():
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("ieft/**/*.py")]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
 
 
-def imported(path, modules):
-    """Names of the local modules that a file imports, at its top or inside functions."""
-    names = set()
+def imported(path):
+    """Names of the modules that a file imports, at its top or inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names & set(modules)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("module", sorted(local_modules()))
-def test_imports_go_down(module):
-    modules = local_modules()
-    layer = LAYERS.get(module, TOP_LAYER)
-    allowed = SAME_LAYER.get(module, set())
-    for name in imported(modules[module], modules) - {module}:
-        below = LAYERS.get(name, TOP_LAYER) < layer or (layer == TOP_LAYER and name != "ieft")
-        assert below or name in allowed, f"{module} (layer {layer}) imports {name}"
+def package_of(name):
+    """The package of `ieft` that a module is in, the Hub's files as "Hub file", commands as their name, or None."""
+    first, _, rest = name.partition(".")
+    if first in HUB_FILES:
+        return "Hub file"
+    return rest.partition(".")[0] if first == "ieft" else first
 
 
-def test_the_table_names_files_that_exist():
-    assert set(LAYERS) <= set(local_modules())
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_point_down(module):
+    package = package_of(module)
+    commands = {path.stem for path in ROOT.glob("*.py")} - HUB_FILES
+    allowed = {
+        "Hub file": {"Hub file"},
+        **{name: below | {name, "Hub file"} for name, below in MAY_IMPORT.items()},
+    }.get(package)
+    known = {*MAY_IMPORT, *commands, "Hub file"}
+    for name in imported(modules()[module]):
+        target = package_of(name)
+        if target in known and allowed is not None:
+            assert target in allowed, f"{module} imports {name}"
+
+
+def test_every_package_has_its_rule():
+    packages = {path.parent.name for path in ROOT.glob("ieft/*/__init__.py")}
+    assert packages | {"hub"} == set(MAY_IMPORT)

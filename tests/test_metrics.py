@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ieft.metrics import expected_hits, keep_unique_captions, retrieval_recalls
+from ieft.evaluation.metrics import expected_hits, keep_unique_captions, retrieval_recalls
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden_metrics.json").read_text())
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ieft.neighbours import NeighbourSampler
-from ieft.twins import draw_twin
+from ieft.data.hard_scenes import draw_twin
+from ieft.training.hard_negatives import NeighbourSampler
 
 
 class Items(SimpleNamespace):

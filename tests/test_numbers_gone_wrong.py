@@ -11,7 +11,7 @@ import torch
 from small_training import CONTRASTIVE, assert_same_bits, make_trainer, run
 from transformers import TrainerCallback
 
-from ieft.checkpoints import find_last_checkpoint
+from ieft.training.checkpoints import find_last_checkpoint
 
 
 def at(trainer, event, step, call):

@@ -12,7 +12,7 @@ from PIL import Image
 from rasterio.enums import ColorInterp
 from rasterio.io import MemoryFile
 
-from ieft.pictures import describe_picture, is_plain, parse_bands, read_picture
+from ieft.data.images import describe_picture, is_plain, parse_bands, read_picture
 from processing_ieft import stretch_to_bytes, to_rgb
 
 ROOT = Path(__file__).parent.parent
@@ -269,7 +269,7 @@ def test_a_decompression_bomb_is_refused(tmp_path):
 
 READ = """
 import resource, sys
-from ieft.pictures import read_picture
+from ieft.data.images import read_picture
 for path, bands in zip(sys.argv[1:], (None, (4, 3, 2))):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     picture = read_picture(path, bands=bands)

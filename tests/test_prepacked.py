@@ -15,9 +15,9 @@ from torch import nn
 
 from configuration_ieft import IeftConfig
 from convert_checkpoint import rename_published
-from ieft.cpu_attention import CPU_ATTENTION
-from ieft.prepacked import PrepackedLinear, can_prepack, prepack
-from ieft.ranking import score_matrix
+from ieft.cpu.attention import CPU_ATTENTION
+from ieft.cpu.prepacked import PrepackedLinear, can_prepack, prepack
+from ieft.evaluation.ranking import score_matrix
 from modeling_ieft import IeftForImageTextRetrieval
 
 needs_mkldnn = pytest.mark.skipif(not can_prepack(make_model(), None), reason="this machine has no oneDNN")
@@ -54,7 +54,7 @@ def test_the_copy_scores_as_the_model_and_leaves_it_alone():
 
 PAGES_TAKEN_ANEW = """
 import contextlib, resource, sys
-from ieft.prepacked import memory_kept
+from ieft.cpu.prepacked import memory_kept
 import torch
 with memory_kept() if sys.argv[1] == "kept" else contextlib.nullcontext():
     for step in range(60):

@@ -16,7 +16,7 @@ from hub_server import running_hub
 from huggingface_hub import DatasetCard
 from PIL import Image
 
-from ieft.pictures import read_picture
+from ieft.data.images import read_picture
 from prepare_datasets import BadRowsError, load_lazily, load_retrieval_dataset, main, published_counts
 from processing_ieft import to_rgb
 

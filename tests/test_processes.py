@@ -19,8 +19,8 @@ from small_training import (
     run_ranks,
 )
 
-from ieft.checkpoints import find_last_checkpoint
-from ieft.processes import process_count, process_rank
+from ieft.training.checkpoints import find_last_checkpoint
+from ieft.training.distributed import process_count, process_rank
 
 ROOT = Path(__file__).parent.parent
 BATCH = 8

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configuration_ieft import IeftConfig
-from ieft import ranking
-from ieft.ranking import score_matrix, score_pairs
+from ieft.evaluation import ranking
+from ieft.evaluation.ranking import score_matrix, score_pairs
 from modeling_ieft import IeftForImageTextRetrieval
 
 ROOT = Path(__file__).parent.parent
@@ -285,7 +285,7 @@ SLOWLY = """
 import sys, time, torch
 sys.path[:0] = ["tests"]
 from test_ranking import make_model, make_sides
-from ieft.ranking import score_matrix
+from ieft.evaluation.ranking import score_matrix
 
 class SlowImages:
     def __init__(self, images):
@@ -325,7 +325,7 @@ SHARE = """
 import sys, numpy as np, torch, torch.distributed as dist
 sys.path[:0] = ["tests"]
 from test_ranking import PAIRS, make_model, make_sides
-from ieft.ranking import score_matrix, score_pairs
+from ieft.evaluation.ranking import score_matrix, score_pairs
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 for num_images in (0, 1, 5):

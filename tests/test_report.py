@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ieft import report
-from ieft.metrics import retrieval_recalls
-from ieft.report import ranked_sheet, recall_table, training_curves
+from ieft.evaluation import report
+from ieft.evaluation.metrics import retrieval_recalls
+from ieft.evaluation.report import ranked_sheet, recall_table, training_curves
 
 COLOURS = [(200, 40, 40), (40, 40, 200), (200, 200, 40), (120, 40, 160), (90, 90, 90), (230, 140, 20)]
 PICTURES = [Image.new("RGB", (40, 40), colour) for colour in COLOURS]

@@ -13,8 +13,8 @@ import torch
 from small_training import CONTRASTIVE, assert_same_bits, finish, losses, run, start
 
 import run_retrieval
-from ieft.checkpoints import find_damage, find_last_checkpoint
-from ieft.trainer import IeftTrainingArguments
+from ieft.training.checkpoints import find_damage, find_last_checkpoint
+from ieft.training.trainer import IeftTrainingArguments
 
 # 32 captions in batches of 4: 8 steps an epoch, 12 in all, a checkpoint and an evaluation every second one.
 SETTINGS = {

@@ -13,7 +13,7 @@ from hub_server import running_hub
 from PIL import Image
 
 import run_retrieval
-from ieft.bad_rows import BadRowsError
+from ieft.data.invalid_examples import BadRowsError
 from modeling_ieft import IeftForImageTextRetrieval
 from prepare_datasets import load_retrieval_dataset
 from processing_ieft import IeftProcessor

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ieft.scenes import (
+from ieft.data.scenes import (
     COLOURS,
     COUNT_WORDS,
     KINDS,
@@ -37,7 +37,7 @@ def scenes():
 def test_a_scene_hangs_on_seed_and_index_alone(scenes):
     again = [fingerprint(draw_scene(0, index)) for index in (7, 3, 7)]
     assert again == [fingerprint(scenes[index]) for index in (7, 3, 7)]
-    code = "import sys; from ieft.scenes import *; s = draw_scene(0, 3)\n"
+    code = "import sys; from ieft.data.scenes import *; s = draw_scene(0, 3)\n"
     code += "import hashlib; print(hashlib.sha256(s.image.tobytes() + '\\n'.join(s.captions).encode()).hexdigest())"
     command = [sys.executable, "-c", code]
     other = subprocess.run(command, cwd=ROOT, env={"PYTHONHASHSEED": "77"}, capture_output=True, text=True, check=True)

@@ -10,7 +10,7 @@ pytest.importorskip("lancedb", reason="the vector store, extra `search`, is not 
 
 from test_index import CAPTIONS, NUM_IMAGES, archive, checkpoint  # noqa: E402, F401
 
-from ieft.search import draw_sheet, hit_table, main, to_geojson  # noqa: E402
+from ieft.search.command import draw_sheet, hit_table, main, to_geojson  # noqa: E402
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 from test_archives import write_tar
 
-from ieft.bad_rows import BadRowsError, caption_fault
-from ieft.downloads import download
-from ieft.streams import stream_hub_dataset
+from ieft.data.downloads import download
+from ieft.data.invalid_examples import BadRowsError, caption_fault
+from ieft.data.streaming import stream_hub_dataset
 from prepare_datasets import image_fault, load_and_check, load_retrieval_dataset, read_hub_dataset
 
 COUNTS = {"train": 4, "validation": 2, "test": 2}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_late_join import make_inputs, make_model
 
-from ieft.ranking import score_matrix
-from ieft.states import decode_state, encode_state
+from ieft.evaluation.ranking import score_matrix
+from ieft.search.feature_cache import decode_state, encode_state
 
 
 def make_state(num_tokens=17, width=24):

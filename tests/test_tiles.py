@@ -9,7 +9,7 @@ from PIL import Image
 
 rasterio = pytest.importorskip("rasterio", reason="GeoTIFF, extra `geo`, is not installed")
 
-from ieft.tiles import Scene, Window, cut_windows  # noqa: E402
+from ieft.search.tiles import Scene, Window, cut_windows  # noqa: E402
 
 
 def write_scene(file, pixels, *, crs="EPSG:32631", **profile):
@@ -96,7 +96,7 @@ def test_what_is_wrong_is_said(tmp_path):
 
 READ_ALL = """
 import resource, sys
-from ieft.tiles import Scene, cut_windows
+from ieft.search.tiles import Scene, cut_windows
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with Scene(sys.argv[1]) as scene:
     windows = cut_windows(scene.width, scene.height, tile=256, overlap=0.25)

@@ -7,10 +7,10 @@ from datasets import Dataset
 from transformers import set_seed
 
 from configuration_ieft import IeftConfig
-from ieft.batches import EvaluationSet, TrainingItems, learn_tokenizer
-from ieft.metrics import retrieval_recalls
-from ieft.scenes import draw_scene
-from ieft.trainer import IeftTrainer, IeftTrainingArguments, matching_loss
+from ieft.data.scenes import draw_scene
+from ieft.evaluation.metrics import retrieval_recalls
+from ieft.training.items import EvaluationSet, TrainingItems, learn_tokenizer
+from ieft.training.trainer import IeftTrainer, IeftTrainingArguments, matching_loss
 from modeling_ieft import IeftForImageTextRetrieval
 from processing_ieft import IeftImageProcessor, IeftProcessor
 

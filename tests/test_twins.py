@@ -5,8 +5,8 @@ from dataclasses import astuple, fields
 import numpy as np
 import pytest
 
-from ieft.scenes import KINDS, Plan, Thing
-from ieft.twins import FAMILY, draw_twin, plan_twins, vary_line, vary_things
+from ieft.data.hard_scenes import FAMILY, draw_twin, plan_twins, vary_line, vary_things
+from ieft.data.scenes import KINDS, Plan, Thing
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_modeling import tiny_config
 
-from ieft.metrics import retrieval_recalls
-from ieft.report import two_stage_table
-from ieft.two_stage import (
+from ieft.evaluation.metrics import retrieval_recalls
+from ieft.evaluation.report import two_stage_table
+from ieft.evaluation.two_stage import (
     SIMILARITY_WEIGHTS,
     Shortlists,
     choose_similarity_weight,

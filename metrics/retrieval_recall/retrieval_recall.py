@@ -1,4 +1,4 @@
-"""The `evaluate` face of `ieft.metrics.retrieval_recalls`.
+"""The `evaluate` face of `ieft.evaluation.metrics.retrieval_recalls`.
 
 In: a score matrix and the owner of each caption. Out: the same recalls as the plain function, under the same names. It
 computes nothing itself: one call hands the matrix on.
@@ -51,7 +51,7 @@ class RetrievalRecall(evaluate.Metric):
         # Imported here, not at the top: `evaluate` runs a copy of this file from its own cache, and answers a missing
         # top-level import by advising `pip install` of a name it has only read here.
         try:
-            from ieft.metrics import retrieval_recalls
+            from ieft.evaluation.metrics import retrieval_recalls
         except ImportError as error:
             raise ImportError(
                 "retrieval_recall needs the package `ieft` of the repository this folder came from, and cannot import "

@@ -15,8 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet  # noqa: F401 (pa.parquet)
 
-from ieft.archives import tar_members
-from ieft.bad_rows import show
+from ieft.data.archives import tar_members
+from ieft.data.invalid_examples import show
 
 # Spellings in circulation; the first that exists is taken, whatever its case.
 ANNOTATION_NAMES = ("dataset.json", "dataset_{name}.json", "{name}.json")

@@ -6,7 +6,7 @@
     ieft-search query --image photo.png --model outputs/demo --index archive.lance
 
 In: a checkpoint, image files, queries. Out: an index; hits as a table, JSON, a contact sheet, GeoJSON. How images are
-found is the business of `ieft.index`.
+found is the business of `ieft.search.index`.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from PIL import Image, ImageDraw, ImageOps
 from transformers.utils import logging
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor
-from ieft.explain import draw_heat_map, explain_pair
-from ieft.index import ImageIndex
-from ieft.index_files import find_images, read_hit
-from ieft.pictures import read_picture
-from ieft.states import KINDS
+from ieft.data.images import read_picture
+from ieft.search.archive_files import find_images, read_hit
+from ieft.search.explain import draw_heat_map, explain_pair
+from ieft.search.feature_cache import KINDS
+from ieft.search.index import ImageIndex
 
 SHEET_COLUMNS, THUMB, GAP, LABEL = 5, 192, 12, 20
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.activations import GELUActivation
 
-from ieft.cpu_attention import CPU_ATTENTION
+from ieft.cpu.attention import CPU_ATTENTION
 
 GELUS = (nn.GELU, GELUActivation)
 TOKENS_EXPECTED = 2048  # the size of batch that the layout is chosen for; others work too

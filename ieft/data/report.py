@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ieft.bad_rows import check_captions
-from ieft.metrics import RANKS
-from ieft.pictures import describe_picture, read_picture
+from ieft.data.images import describe_picture, read_picture
+from ieft.data.invalid_examples import check_captions
 
 SPLITS = ("train", "validation", "test")
+RANKS = (1, 5, 10)  # of recall at k
 COLOURS = {"train": "#57606a", "validation": "#bf8700", "test": "#0969da"}
 HASH_SIDE = 16  # dHash of 16 x 16 bits
 ALIKE_BITS = 16  # of 256; unlike images differ in about half of them
@@ -31,11 +31,12 @@ def measure_collection(rows, bad_rows, *, bands=None, num_proc=None):
 
     Args:
         rows: dicts of `filename`, `split`, `captions` and `image` (path, bytes or None), as distributed.
-        bad_rows: what `ieft.bad_rows.usable_rows` found in them.
+        bad_rows: what `ieft.data.invalid_examples.usable_rows` found in them.
 
     Returns:
         dict: `splits`, by name, each with counts, `words` of each caption and `ceiling` (`recall_ceiling`,
-        with a sentence counted once an image, as `ieft.metrics` counts; `ceiling_with_repeats` counts each caption);
+        with a sentence counted once an image, as `ieft.evaluation.metrics` counts; `ceiling_with_repeats` counts
+        each caption);
         `shared_sentences` and `near_duplicates` between splits; `sizes`, `modes` and `bad_rows`, how many of each.
     """
     captions = [check_captions(row["captions"])[0] for row in rows]

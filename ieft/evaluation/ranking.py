@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ieft.prepacked import can_prepack, memory_kept, multiplies_bfloat16, prepack
+from ieft.cpu.prepacked import can_prepack, memory_kept, multiplies_bfloat16, prepack
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torch.utils.data import Dataset
 from transformers import BertTokenizer
 
-from ieft.metrics import keep_unique_captions
+from ieft.evaluation.metrics import keep_unique_captions
 from processing_ieft import to_rgb
 
 MAX_CACHED_BYTES = 256 * 2**20  # squares of small collections stay in memory, decoded and resized once

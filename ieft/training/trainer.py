@@ -25,12 +25,12 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from ieft.checkpoints import STATE, UNFINISHED, explained_if_not_written, publish, write_json
-from ieft.distillation import group_divergence, listwise_divergence
-from ieft.metrics import retrieval_recalls
-from ieft.neighbours import NeighbourSampler
-from ieft.processes import gather_rows, process_count, process_rank, sum_over_processes
-from ieft.ranking import score_matrix
+from ieft.evaluation.metrics import retrieval_recalls
+from ieft.evaluation.ranking import score_matrix
+from ieft.training.checkpoints import STATE, UNFINISHED, explained_if_not_written, publish, write_json
+from ieft.training.distillation import group_divergence, listwise_divergence
+from ieft.training.distributed import gather_rows, process_count, process_rank, sum_over_processes
+from ieft.training.hard_negatives import NeighbourSampler
 
 BATCHES = ("shuffled", "neighbours")
 MAX_OVERFLOWS = 25  # in a row: by then the loss scale has fallen from 65536 below 1, and float16 is not the cause
@@ -320,7 +320,8 @@ class IeftTrainer(Trainer):
         """Rank the whole matrix of one evaluation set, or of each in a dict.
 
         Returns:
-            dict: recalls in percent under `{metric_key_prefix}_`, as `ieft.metrics.retrieval_recalls` names them.
+            dict: recalls in percent under `{metric_key_prefix}_`, as `ieft.evaluation.metrics.retrieval_recalls`
+            names them.
         """
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, dict):
@@ -341,7 +342,7 @@ class IeftTrainer(Trainer):
         return score_matrix(model, evaluation_set.images, evaluation_set.caption_tokens, **options)
 
     def ranking_options(self):
-        """How the arguments want `ieft.ranking` to compute."""
+        """How the arguments want `ieft.evaluation.ranking` to compute."""
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         return {
             "dtype": dtype, "progress": not self.args.disable_tqdm, "num_workers": self.args.dataloader_num_workers

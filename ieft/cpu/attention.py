@@ -3,7 +3,7 @@
 In: queries, keys and values in float32 or bfloat16. Out: contexts. It does not know whose they are, and has no
 gradients.
 
-`cpu_attention.cpp` is compiled for this machine when it is first needed, which takes less than a second. Where there
+`attention.cpp` is compiled for this machine when it is first needed, which takes less than a second. Where there
 is no C++ compiler, for masks, and where queries are not as many as keys, PyTorch's own attention is called.
 """
 
@@ -52,7 +52,7 @@ def _attend(query, key, value, scaling):
 
 @cache
 def compiled_for(width):
-    """The function of `cpu_attention.cpp` for heads of this width, or None where it cannot be compiled."""
+    """The function of `attention.cpp` for heads of this width, or None where it cannot be compiled."""
     compiler = shlex.split(os.environ.get("CXX") or "c++")  # which may have options, or a cache before it
     try:
         with TemporaryDirectory() as folder:

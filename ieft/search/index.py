@@ -20,11 +20,11 @@ import pyarrow as pa
 import torch
 from lancedb.index import IvfSq
 
-from ieft.filters import check_where, fetch, is_not_text
-from ieft.index_files import HitImages, digest_file, plan_tiles, read_tiles, read_whole
-from ieft.ranking import fingerprint, score_pairs
-from ieft.states import decode_state, encode_state
-from ieft.tiles import cut_windows
+from ieft.evaluation.ranking import fingerprint, score_pairs
+from ieft.search.archive_files import HitImages, digest_file, plan_tiles, read_tiles, read_whole
+from ieft.search.feature_cache import decode_state, encode_state
+from ieft.search.filters import check_where, fetch, is_not_text
+from ieft.search.tiles import cut_windows
 from processing_ieft import check_text
 
 IMAGES, CAPTIONS = "images", "captions"  # the tables
@@ -35,7 +35,8 @@ FEWEST_FOR_VECTOR_INDEX = 50_000  # below, every vector is compared, in millisec
 PARTITION_ROWS = 1024
 PROBES, REFINE = 40, 2  # partitions looked into; candidates re-scored by their full vectors, per hit
 # `width` and `height` are the file's; `col`, `row`, `tile_width`, `tile_height` the window of it that the row stands
-# for; `tiling` says how it was cut, empty where the row is the whole image; `limits` are those of `ieft.tiles.Scene`.
+# for; `tiling` says how it was cut, empty where the row is the whole image; `limits` are those of
+# `ieft.search.tiles.Scene`.
 METADATA = {
     "file": pa.string(), "content": pa.string(), "bytes": pa.int64(), "time": pa.timestamp("ms", "UTC"),
     "width": pa.int32(), "height": pa.int32(), "col": pa.int32(), "row": pa.int32(), "tile_width": pa.int32(),
@@ -66,7 +67,8 @@ class ImageIndex:
         Args:
             model: an `IeftForImageTextRetrieval` with contrastive heads.
             states: with `create`, keep beside each vector what re-ranking needs to know of the image, as "bf16" or
-                "int8" (see `ieft.states`): it then reads no file. For models with `first_joint_layer` above 0.
+                "int8" (see `ieft.search.feature_cache`): it then reads no file. For models with `first_joint_layer`
+                above 0.
             storage_options: credentials and settings of object storage, as LanceDB takes them.
 
         Raises:

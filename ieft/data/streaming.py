@@ -11,10 +11,10 @@ from pathlib import Path
 import datasets
 from huggingface_hub.errors import HfHubHTTPError
 
-from ieft.bad_rows import MISSING, BadRow, BadRowsError, describe, make_bad_rows, usable_rows
-from ieft.builders import FEATURES, make_example
-from ieft.pictures import read_picture
-from ieft.sources import SPLIT_NAMES, table_source
+from ieft.data.builders import FEATURES, make_example
+from ieft.data.images import read_picture
+from ieft.data.invalid_examples import MISSING, BadRow, BadRowsError, describe, make_bad_rows, usable_rows
+from ieft.data.sources import SPLIT_NAMES, table_source
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 In: a model with contrastive heads and an evaluation set. Out: recalls of the shortlist and of the re-ranked lists,
 what the shortlist lets through at best, pairs scored and seconds. It knows nothing of vector stores or files;
-`ieft.index` does the same over an archive.
+`ieft.search.index` does the same over an archive.
 
 Two stages: Miech et al., "Thinking Fast and Slow: Efficient Text-to-Visual Retrieval with Transformers", CVPR 2021.
 The score of a candidate is the network's, plus the similarity of the embeddings as the contrastive loss scales it,
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ieft.metrics import retrieval_recalls
-from ieft.ranking import score_pairs
+from ieft.evaluation.metrics import retrieval_recalls
+from ieft.evaluation.ranking import score_pairs
 
 SIMILARITY_WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 IMAGES_AT_ONCE = 64
@@ -48,7 +48,7 @@ def make_shortlists(model, evaluation_set, top_k, **options):
     """Embed a set, keep the `top_k` nearest of each query both ways, and score those pairs once.
 
     Args:
-        options: as `ieft.ranking.score_pairs`.
+        options: as `ieft.evaluation.ranking.score_pairs`.
     """
     start = time.perf_counter()
     similarity = embed_and_compare(model, evaluation_set)

@@ -15,7 +15,7 @@ GROUP = 8  # captions that come together: several groups share a batch
 
 
 class NeighbourSampler(Sampler):
-    """Rows of `items` (`ieft.batches.TrainingItems`), drawn from its seed and epoch whenever it is iterated."""
+    """Rows of `items` (`ieft.training.items.TrainingItems`), drawn from its seed and epoch whenever it is iterated."""
 
     def __init__(self, items, *, group=GROUP):
         self.items = items

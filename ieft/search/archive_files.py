@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ieft.pictures import describe_picture, read_picture
-from ieft.tiles import Scene, Window, cut_windows
+from ieft.data.images import describe_picture, read_picture
+from ieft.search.tiles import Scene, Window, cut_windows
 
 GEOTIFF_SUFFIXES = (".tif", ".tiff")
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp", *GEOTIFF_SUFFIXES)

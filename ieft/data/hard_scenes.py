@@ -1,7 +1,7 @@
 """Hard scenes: families of near twins, which differ from one another in one fact each.
 
-In: a seed and an index. Out: a scene as those of `ieft.scenes`, whose sentences name every fact. It knows nothing of
-datasets, networks or files.
+In: a seed and an index. Out: a scene as those of `ieft.data.scenes`, whose sentences name every fact. It knows
+nothing of datasets, networks or files.
 
 A family is a plan and what becomes of it when one fact changes: a count, a colour, the ground, the bend or the bridge
 of a line, or which of two things has which count or colour. Each twin is drawn afresh, so that only the facts tell
@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from ieft.scenes import GROUNDS, KINDS, WATERS, Scene, describe_plan, draw_plan, plan_scene
+from ieft.data.scenes import GROUNDS, KINDS, WATERS, Scene, describe_plan, draw_plan, plan_scene
 
 FAMILY = 4  # scenes of consecutive indices
 SPLITS = {"train": 4000, "validation": 200, "test": 1000}

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
-from ieft import scenes, twins
-from ieft.pictures import is_plain, read_picture
+from ieft.data import hard_scenes, scenes
+from ieft.data.images import is_plain, read_picture
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class ScenesBuilder(datasets.GeneratorBasedBuilder):
         return datasets.DatasetInfo(features=datasets.Features(FEATURES))
 
     def _split_generators(self, dl_manager):
-        sizes = twins.SPLITS if self.config.hard else scenes.SPLITS
+        sizes = hard_scenes.SPLITS if self.config.hard else scenes.SPLITS
         starts = np.cumsum([0, *sizes.values()])
         return [
             datasets.SplitGenerator(name=name, gen_kwargs={"start": int(start), "count": count})
@@ -100,7 +100,7 @@ class ScenesBuilder(datasets.GeneratorBasedBuilder):
         ]
 
     def _generate_examples(self, start, count):
-        draw = twins.draw_twin if self.config.hard else scenes.draw_scene
+        draw = hard_scenes.draw_twin if self.config.hard else scenes.draw_scene
         for index in range(start, start + count):
             scene = draw(self.config.scenes_seed, index)
             encoded = io.BytesIO()

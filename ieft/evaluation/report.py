@@ -94,7 +94,8 @@ def recall_table(results):
     """The recalls as text: both directions, strict beside duplicate-aware, under 80 columns.
 
     Args:
-        results: recalls in percent, named as `ieft.metrics.retrieval_recalls` names them; and, as far as known, what
+        results: recalls in percent, named as `ieft.evaluation.metrics.retrieval_recalls` names them; and, as far as
+        known, what
             the heading says: `dataset`, `num_images`, `num_captions`, `protocol`. With both numbers the last line is
             the strict mean recall of constant scores, "about" because it takes the captions as evenly spread.
     """
@@ -116,7 +117,8 @@ def two_stage_table(judged):
     """Two-stage retrieval as text, under 80 columns.
 
     Args:
-        judged: as `ieft.two_stage.compare_stages` gives it, with `rerank_top_k` and the recalls of the `exhaustive`
+        judged: as `ieft.evaluation.two_stage.compare_stages` gives it, with `rerank_top_k` and the recalls of the
+        `exhaustive`
             matrix.
     """
     fused = f"fused, weight {judged['similarity_weight']:g}"

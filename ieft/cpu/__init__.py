@@ -1,0 +1,1 @@
+"""Fast ranking on a CPU: oneDNN-prepacked weights and compiled attention."""

@@ -1,0 +1,1 @@
+"""Collections of images and captions as splits: sources, archives, downloads, checks, the image reader."""

@@ -1,0 +1,1 @@
+"""Recall at k, the ranking engine, two-stage retrieval, tables and figures."""

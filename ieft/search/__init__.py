@@ -1,0 +1,1 @@
+"""Search in an archive: index, tiles, filters, feature cache, explanations, the command ieft-search."""

@@ -1,0 +1,1 @@
+"""Training with Accelerate: the trainer, its losses, training items, hard negatives, checkpoints."""
