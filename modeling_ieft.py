@@ -8,11 +8,8 @@ Paper and dimension letters: see `layers_ieft.py`; E is the width of the contras
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel, ViltModel
 from transformers import initialization as init
@@ -23,11 +20,11 @@ from transformers.utils import ModelOutput
 try:
     from .configuration_ieft import IeftConfig
     from .layers_ieft import IeftEmbeddings, IeftEncoder, IeftPooler, Prepared, pair_attentions
-    from .pipeline_ieft import find_model_card, find_processor, rank_candidates
+    from .ranking_ieft import RankingMixin, save_pipeline_code
 except ImportError:  # imported from the clone or the wheel, where these files are top-level modules
     from configuration_ieft import IeftConfig
     from layers_ieft import IeftEmbeddings, IeftEncoder, IeftPooler, Prepared, pair_attentions
-    from pipeline_ieft import find_model_card, find_processor, rank_candidates
+    from ranking_ieft import RankingMixin, save_pipeline_code
 
 AUTO_CLASSES = {
     "AutoConfig": "configuration_ieft.IeftConfig",
@@ -97,6 +94,7 @@ class IeftPreTrainedModel(PreTrainedModel):
         self.config.auto_map = dict(AUTO_CLASSES)
         self.config.custom_pipelines = {"image-text-retrieval": dict(PIPELINE)}
         super().save_pretrained(save_directory, **kwargs)
+        save_pipeline_code(self, save_directory)
 
 
 class IeftModel(IeftPreTrainedModel, ViltModel):
@@ -240,7 +238,7 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
         return torch.cat([text, image], dim=1), attention_mask
 
 
-class IeftForImageTextRetrieval(IeftPreTrainedModel):
+class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
     """IEFT with its ranking head (RM), and with the contrastive heads if `config.contrastive_dim` is not 0."""
 
     def __init__(self, config):
@@ -425,46 +423,6 @@ class IeftForImageTextRetrieval(IeftPreTrainedModel):
         hidden = layer.finish(captions.hidden, context.transpose(1, 2).flatten(2))  # (I, M, D)
         first = self.vilt.layernorm(hidden).flatten(0, 1)[:, None]  # (I*M, 1, D)
         return self.rank_output(self.vilt.pooler(first)).view(hidden.shape[:2])
-
-    def rank(self, image_or_caption, candidates, top_k=None, *, processor=None):
-        """Captions for an image or images for a caption, best first.
-
-        Args:
-            image_or_caption: a PIL image, array, path or URL; or a sentence.
-            candidates: a list of captions, or of images. A string is an image where it is a URL or names a file.
-            top_k: how many to return; None returns all.
-            processor: left out, the one saved beside this checkpoint.
-
-        Returns:
-            list: `{"image" or "caption": as given, "score": any real number, "rank": from 1}`.
-        """
-        processor = find_processor(self) if processor is None else processor
-        return rank_candidates(self, processor, image_or_caption, candidates, top_k=top_k)
-
-    def push_to_hub(self, repo_id, *, processor=None, model_card=None, private=None, token=None, **kwargs):
-        """Weights, code, processor and model card, in one commit.
-
-        Args:
-            repo_id: "user/name"; made where it does not exist.
-            processor: left out, the one saved beside this checkpoint.
-            model_card: text of the page; left out, the one saved beside this checkpoint.
-            kwargs: as `huggingface_hub.HfApi.upload_folder`, such as `commit_message` and `revision`.
-
-        Returns:
-            CommitInfo: with the URL of the commit.
-
-        Raises:
-            ValueError: for a model that has no processor or page beside it, and is given none.
-        """
-        processor = find_processor(self) if processor is None else processor
-        model_card = find_model_card(self) if model_card is None else model_card
-        api = HfApi(token=token)
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            processor.save_pretrained(folder)
-            Path(folder, "README.md").write_text(model_card, encoding="utf-8")
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
 
 IeftModel.register_for_auto_class("AutoModel")

@@ -27,9 +27,9 @@ from ieft.search.archive_files import find_images  # noqa: E402
 from ieft.search.filters import check_where  # noqa: E402
 from ieft.search.index import ImageIndex  # noqa: E402
 from modeling_ieft import IeftForImageTextRetrieval, IeftModel  # noqa: E402
-from pipeline_ieft import find_processor  # noqa: E402
 from prepare_datasets import image_fault  # noqa: E402
 from processing_ieft import IeftImageProcessor, IeftProcessor, open_picture  # noqa: E402
+from ranking_ieft import find_processor  # noqa: E402
 from run_retrieval import parse_arguments  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -361,8 +361,8 @@ def test_trust_remote_code_is_never_switched_on():
             )
             if named:
                 found.append((path.name, ast.unparse(node.value) if isinstance(node, ast.keyword) else "as a word"))
-    assert found == [("pipeline_ieft.py", "IS_HUB_CODE")]
-    assert __import__("pipeline_ieft").IS_HUB_CODE is False
+    assert found == [("ranking_ieft.py", "IS_HUB_CODE")]
+    assert __import__("ranking_ieft").IS_HUB_CODE is False
 
 
 def test_the_code_of_a_hostile_checkpoint_does_not_run(tmp_path, loaded, monkeypatch):

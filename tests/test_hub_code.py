@@ -21,7 +21,8 @@ CAPTIONS = ["a red house beside a river .", "two ships in a harbour .", "two red
 # The virtual environment of the tests has the project installed: these names are taken away.
 WITHOUT_PROJECT = """
 import sys
-for name in ("ieft", "configuration_ieft", "layers_ieft", "modeling_ieft", "pipeline_ieft", "processing_ieft"):
+for name in ("ieft", "configuration_ieft", "layers_ieft", "modeling_ieft", "pipeline_ieft", "processing_ieft",
+             "ranking_ieft"):
     sys.modules[name] = None
 options = {"trust_remote_code": True}
 """

@@ -94,7 +94,7 @@ def test_what_is_pushed_loads_elsewhere_with_the_same_scores(saved, tmp_path, sc
         )
         files = hub.files(name)
     assert json.loads(printed) == pytest.approx(scores, abs=1e-6)
-    code = {f"{part}_ieft.py" for part in ("configuration", "layers", "modeling", "pipeline", "processing")}
+    code = {f"{part}_ieft.py" for part in ("configuration", "layers", "modeling", "pipeline", "processing", "ranking")}
     assert code | {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json"} <= set(files)
     assert not {path for path in files if path.startswith("checkpoint-") or path.endswith(".bin")}
     card = ModelCard(files["README.md"].decode())

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "search": {"data", "evaluation"},
     "hub": set(),
 }
-HUB_FILES = {"configuration_ieft", "layers_ieft", "modeling_ieft", "processing_ieft", "pipeline_ieft"}
+HUB_FILES = {"configuration_ieft", "layers_ieft", "modeling_ieft", "processing_ieft", "ranking_ieft", "pipeline_ieft"}
 
 
 def modules():
@@ -58,3 +58,20 @@ def test_imports_point_down(module):
 def test_every_package_has_its_rule():
     packages = {path.parent.name for path in ROOT.glob("ieft/*/__init__.py")}
     assert packages | {"hub"} == set(MAY_IMPORT)
+
+
+# Hub file -> the Hub files that it may import, which are those below it.
+BELOW = {
+    "configuration_ieft": set(),
+    "layers_ieft": set(),
+    "processing_ieft": {"configuration_ieft"},
+    "ranking_ieft": {"processing_ieft"},
+    "modeling_ieft": {"configuration_ieft", "layers_ieft", "ranking_ieft"},
+    "pipeline_ieft": {"ranking_ieft"},
+}
+
+
+@pytest.mark.parametrize("module", sorted(HUB_FILES))
+def test_imports_of_hub_files_point_down(module):
+    targets = {name.partition(".")[0] for name in imported(modules()[module])} & HUB_FILES
+    assert targets <= BELOW[module]

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ieft.cpu.prepacked import can_prepack, memory_kept, multiplies_bfloat16, prepack
+from ranking_ieft import evaluation_mode
 
 logger = logging.getLogger(__name__)
 
@@ -340,17 +341,11 @@ def _sum_over_processes(scores, device):
 
 @contextmanager
 def _inference(model, dtype):
-    """The network to compute with, in evaluation mode and without gradients; the model is left as it was found."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            if can_prepack(model, dtype):
-                with memory_kept():
-                    yield prepack(model, dtype)
-            else:
-                with torch.autocast(model.device.type, dtype=dtype, enabled=dtype not in (None, model.dtype)):
-                    yield model
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    """The network to compute with, in evaluation mode and without gradients; the model is restored afterwards."""
+    with evaluation_mode(model), torch.no_grad():
+        if can_prepack(model, dtype):
+            with memory_kept():
+                yield prepack(model, dtype)
+        else:
+            with torch.autocast(model.device.type, dtype=dtype, enabled=dtype not in (None, model.dtype)):
+                yield model

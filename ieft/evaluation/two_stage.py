@@ -17,6 +17,7 @@ import torch
 
 from ieft.evaluation.metrics import retrieval_recalls
 from ieft.evaluation.ranking import score_pairs
+from ranking_ieft import evaluation_mode
 
 SIMILARITY_WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 IMAGES_AT_ONCE = 64
@@ -64,24 +65,32 @@ def make_shortlists(model, evaluation_set, top_k, **options):
 @torch.no_grad()
 def embed_and_compare(model, evaluation_set):
     """Scaled similarity of every image with every caption, each read once alone: (I, C) float32."""
-    was_training = model.training
-    model.eval()
-    images, tokens = evaluation_set.images, evaluation_set.caption_tokens
-    image_features = []
+    with evaluation_mode(model):
+        image_features = _embed_images(model, evaluation_set.images)
+        text_features = _embed_captions(model, evaluation_set.caption_tokens)
+    similarity = model.similarity_scale() * image_features @ text_features.T  # (I, C)
+    return similarity.cpu().numpy()
+
+
+def _embed_images(model, images):
+    """(I, E) float32."""
+    features = []
     for first in range(0, len(images), IMAGES_AT_ONCE):
         rows = range(first, min(first + IMAGES_AT_ONCE, len(images)))
-        pixels = torch.stack([images[row] for row in rows]).to(model.device)
-        image_features.append(model.get_image_features(pixels))
-    text_features = torch.empty(len(tokens), model.config.contrastive_dim, device=model.device)
+        features.append(model.get_image_features(torch.stack([images[row] for row in rows]).to(model.device)))
+    return torch.cat(features).float()
+
+
+def _embed_captions(model, tokens):
+    """(C, E) float32."""
+    features = torch.empty(len(tokens), model.config.contrastive_dim, device=model.device)
     lengths = np.array([len(caption) for caption in tokens])
     for length in np.unique(lengths):  # captions of one length together, so that none is padded
         alike = np.flatnonzero(lengths == length)
         for some in np.split(alike, range(CAPTIONS_AT_ONCE, len(alike), CAPTIONS_AT_ONCE)):
             ids = torch.tensor([tokens[row] for row in some], device=model.device)
-            text_features[torch.from_numpy(some)] = model.get_text_features(ids).float()
-    model.train(was_training)
-    similarity = model.similarity_scale() * torch.cat(image_features).float() @ text_features.T  # (I, C)
-    return similarity.cpu().numpy()
+            features[torch.from_numpy(some)] = model.get_text_features(ids).float()
+    return features
 
 
 def nearest(similarity, top_k):

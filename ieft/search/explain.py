@@ -25,6 +25,7 @@ from matplotlib import colormaps
 from PIL import Image, ImageOps
 
 from processing_ieft import to_rgb
+from ranking_ieft import evaluation_mode
 
 COLOURS = colormaps["inferno"]
 OPACITY = 0.8  # of the hottest patch
@@ -61,7 +62,7 @@ def explain_pair(model, processor, image, caption):
     tokens = processor.tokenizer(caption, truncation=True, max_length=processor.max_caption_tokens)
     input_ids = torch.tensor([tokens["input_ids"]], device=model.device)
     pixels = processor(images=[image])["pixel_values"].to(model.device)
-    with _evaluation(model):
+    with evaluation_mode(model):
         score, relevance = _trace_patches(model, input_ids, pixels)
         places = tokens.word_ids()
         without = _score_without_words(model, input_ids, pixels, places)
@@ -117,18 +118,6 @@ def _score_without_words(model, input_ids, pixels, places):
 
 def _words(places):
     return sorted({place for place in places if place is not None})
-
-
-@contextmanager
-def _evaluation(model):
-    """The model in evaluation mode; each module's own mode is put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def draw_heat_map(image, heat, *, fit="crop"):
