@@ -3,11 +3,9 @@
     python prepare_datasets.py rsicd --data_dir RSICD --output_dir prepared/rsicd
     python prepare_datasets.py captions.csv --output_dir prepared/mine --push_to_hub user/mine
 
-In: the name of a dataset and the folder or archive it was distributed in, any folder or file that
-`ieft/data/sources.py`
-reads, or a dataset on the Hub. Out: the splits `train`, `validation` and `test` with the columns `image`, `filename`
-and `captions`; from the command, as parquet shards. It knows nothing of networks or tensors, and never changes what
-the user has.
+A collection is a named dataset and the folder or archive it was distributed in, any folder or file that
+`ieft/data/sources.py` reads, or a dataset on the Hub. Its splits `train`, `validation` and `test` have the columns
+`image`, `filename` and `captions`; the command writes them as parquet shards. What the user has is never changed.
 """
 
 import argparse
@@ -17,6 +15,7 @@ import logging
 import os
 import re
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -24,24 +23,35 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from datasets.table import embed_table_storage
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi, constants
+from filelock import FileLock
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
 from ieft.data.archives import extract, is_archive, tar_members
 from ieft.data.builders import SCENES_SEED, CaptionRowsBuilder, ScenesBuilder
 from ieft.data.downloads import download
+from ieft.data.duplicates import group_identical
 from ieft.data.images import parse_bands, read_picture
-from ieft.data.invalid_examples import MISSING, UNREADABLE, BadRowsError, describe, save_bad_rows, usable_rows
+from ieft.data.invalid_examples import (
+    MISSING,
+    UNREADABLE,
+    BadRowsError,
+    bad_rows_text,
+    describe,
+    known_faults,
+    usable_rows,
+)
+from ieft.data.locate import is_junk
+from ieft.data.prepared import PreparedFolder
 from ieft.data.report import measure_collection, save_report
-from ieft.data.sources import IMAGE_ENDINGS, Source, read_source, read_webdataset, table_source
+from ieft.data.sources import IMAGE_ENDINGS, Source, TableRows, read_source, read_webdataset
 from ieft.data.streaming import LazyRows, load_from_hub, stream_hub_dataset, stream_rows
 
 logger = logging.getLogger(__name__)
 
 SHARE_SET_ASIDE = 0.1
 ON_BAD_ROWS = ("stop", "skip")
-ROWS_IN_A_SHARD = 5000
 SYNTHETIC = ("scenes", "twins")
 # Name -> where the dataset is distributed, its images and captions as published.
 BENCHMARKS = {
@@ -59,7 +69,8 @@ def load_retrieval_dataset(name_or_path, data_dir=None, **options):
     Args:
         name_or_path: scenes, twins, rsicd, rsitmd, ucm, sydney, nwpu; a folder, file or archive; or a dataset on
             the Hub.
-        data_dir: the distributed folder, zip or tar of a named dataset.
+        data_dir: the distributed folder, zip or tar of a named dataset; for a folder or file of annotations, the
+            folder that the names of its images start from.
         options: as `load_and_check`.
 
     Returns:
@@ -106,7 +117,7 @@ def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_co
         if streaming and data_dir is None and is_hub_id(name_or_path):
             return stream_hub_dataset(name_or_path, columns, **checks), []
         name, source = find_source(str(name_or_path), data_dir, columns, kept)
-        rows, bad = check_rows(source, on_bad_rows, kept, num_proc, seed=seed, bands=bands, decode=not streaming)
+        rows, bad = check_rows(name, source, on_bad_rows, kept, num_proc, seed=seed, bands=bands, decode=not streaming)
         if streaming:
             return stream_rows(rows, source.annotations, **checks), bad
         name = re.sub(r"[^\w.-]", "-", name)
@@ -139,8 +150,8 @@ def load_lazily(name_or_path, data_dir=None, *, image_column=None, caption_colum
     kept = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ieft"
     columns = {"image_column": image_column, "caption_column": caption_column}
     bands = parse_bands(bands) if isinstance(bands, str) else bands
-    source = find_source(str(name_or_path), data_dir, columns, kept)[1]
-    rows, bad = check_rows(source, on_bad_rows, kept, num_proc, seed=seed, bands=bands)
+    name, source = find_source(str(name_or_path), data_dir, columns, kept)
+    rows, bad = check_rows(name, source, on_bad_rows, kept, num_proc, seed=seed, bands=bands)
     names = [name for name in ("train", "validation", "test") if any(row["split"] == name for row in rows)]
     return {name: LazyRows([row for row in rows if row["split"] == name], bands=bands) for name in names}, bad
 
@@ -150,29 +161,32 @@ def load_lazily(name_or_path, data_dir=None, *, image_column=None, caption_colum
 
 def find_source(name_or_path, data_dir, columns, kept):
     """The name of a collection and its rows, or an error that says what to do."""
-    path = Path(data_dir or name_or_path)
-    if name_or_path in BENCHMARKS:
-        if data_dir is None:
-            raise ValueError(
-                f"{name_or_path} has to be downloaded first, from {BENCHMARKS[name_or_path][0]}. Pass the folder, zip "
-                "or tar that holds its annotation file and its images as --data_dir."
-            )
-        name = name_or_path
-    else:
-        name = Path(name_or_path).resolve().name
+    if name_or_path in BENCHMARKS and data_dir is None:
+        raise ValueError(
+            f"{name_or_path} has to be downloaded first, from {BENCHMARKS[name_or_path][0]}. Pass the folder, zip or "
+            "tar that holds its annotation file and its images as --data_dir."
+        )
+    path, root = Path(data_dir or name_or_path), None
+    if data_dir and name_or_path not in BENCHMARKS and Path(name_or_path).exists():
+        path, root = Path(name_or_path), Path(os.path.abspath(data_dir))
+        if not root.is_dir():
+            raise ValueError(f"--data_dir {data_dir}: the folder of the images of {name_or_path} expected.")
+    path = Path(os.path.abspath(path))  # links keep their own names, by which files are judged
+    name = name_or_path if name_or_path in BENCHMARKS else Path(os.path.abspath(name_or_path)).name
+    if path.is_file() and is_archive(path):
+        if _is_webdataset(path):
+            return name, read_webdataset(path)
+        folder = unpack(path, kept)
+        allowed = [folder, *([root] if root else [])]
+        return name, keep_inside(read_source(folder, name, image_root=root, **columns), allowed, path)
     if path.exists():
-        path = path.resolve()
-        if path.is_file() and is_archive(path):
-            if _is_webdataset(path):
-                return name, read_webdataset(path)
-            folder = unpack(path, kept)
-            return name, keep_inside(read_source(folder, name, **columns), [folder], path)
-        return name, read_source(path, name, **columns)
+        return name, read_source(path, name, image_root=root, **columns)
     if data_dir is None and is_hub_id(name_or_path):
         return name_or_path, read_hub_dataset(name_or_path, columns, kept)
     names = ", ".join([*SYNTHETIC, *BENCHMARKS])
     raise ValueError(
-        f"A dataset's name ({names}), an existing folder or file, or user/name expected; got {str(path)!r}."
+        f"A dataset's name ({names}), an existing folder or file, or user/name expected; got "
+        f"{str(data_dir or name_or_path)!r}."
     )
 
 
@@ -199,31 +213,44 @@ def _is_webdataset(path):
     if not path.name.lower().endswith(".tar"):
         return False
     names = {name.lower() for name, _, _ in tar_members(path)}
-    images = (name.rpartition(".") for name in names if name.endswith(IMAGE_ENDINGS))
-    return any(f"{stem}.txt" in names or f"{stem}.json" in names for stem, _, _ in images)
+    images = {name.rpartition(".")[0] for name in names if name.endswith(IMAGE_ENDINGS)}
+    images |= {_first_dot(name) for name in names if name.endswith(IMAGE_ENDINGS)}
+    texts = {name for name in names if name.endswith((".txt", ".json"))}
+    return any(name.rpartition(".")[0] in images or _first_dot(name) in images for name in texts)
+
+
+def _first_dot(name):
+    folder, slash, base = name.rpartition("/")
+    return f"{folder}{slash}{base.partition('.')[0]}"
 
 
 def unpack(archive, kept):
-    """The folder of an archive, unpacked once; where all of it is in one folder, that folder."""
+    """The folder of an archive, unpacked once; where all of it is in one folder, that folder, however deep."""
     state = archive.stat()
     key = hashlib.sha256(f"{archive} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:32]
     folder = kept / "extracted" / key
-    if not folder.is_dir():
-        logger.warning("%d files unpacked from %s.", extract(archive, folder), archive)
-    children = list(folder.iterdir())
-    return children[0] if len(children) == 1 and children[0].is_dir() else folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # another process may be unpacking it
+        if not folder.is_dir():
+            logger.warning("%d files unpacked from %s.", extract(archive, folder), archive)
+    while True:
+        children = [each for each in folder.iterdir() if not is_junk(each.name)]
+        if len(children) != 1 or not children[0].is_dir():
+            return folder
+        folder = children[0]
 
 
 def read_hub_dataset(name, columns, kept):
     """All splits of a dataset on the Hub, or of a local parquet folder by the same way."""
     splits = load_from_hub(name, cache_dir=str(kept / "hub"))
-    rows = []
+    table = TableRows(columns)
     for split, data in splits.items():
         for column, feature in data.features.items():
             if isinstance(feature, datasets.Image):
                 data = data.cast_column(column, datasets.Image(decode=False))
         records = [{"split": split} | record if len(splits) == 1 else record | {"split": split} for record in data]
-        rows += table_source(Path(name), records, columns).rows
+        table.add(Path(name), records)
+    rows = table.as_list()
     fetched = [kept, datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE]
     return keep_inside(Source(name, name, rows), [*fetched, Path(name)], name)
 
@@ -231,8 +258,10 @@ def read_hub_dataset(name, columns, kept):
 # Checking ------------------------------------------------------------------------------------------------------------
 
 
-def check_rows(source, on_bad_rows, kept, num_proc, *, seed, bands=None, decode=True):
+def check_rows(name, source, on_bad_rows, kept, num_proc, *, seed, bands=None, decode=True):
     """The usable rows of a source in their splits, and all faults; without `decode`, images are looked for only.
+
+    Faults that a published benchmark of this name is known to have are left out, and stop nothing.
 
     Raises:
         BadRowsError: with `on_bad_rows` "stop", where there are faults; or where no row is left.
@@ -241,29 +270,41 @@ def check_rows(source, on_bad_rows, kept, num_proc, *, seed, bands=None, decode=
     if decode:
         reasons = image_faults(source.rows, kept, num_proc, bands=bands) | reasons
     rows, bad = usable_rows(source.rows, reasons)
-    if bad and (on_bad_rows == "stop" or not rows):
-        raise BadRowsError(bad, source.annotations)
-    if bad:
-        logger.warning(describe(bad, source.annotations))
+    known = known_faults(name, bad)
+    others = [each for each in bad if each not in known]
+    if others and (on_bad_rows == "stop" or not rows):
+        raise BadRowsError(others, source.annotations)
+    if known:
+        logger.warning(
+            "%s: %d captions are left out that are known to be faulty as published (%s, of %s).", name, len(known),
+            known[0].reason.split(":")[0], ", ".join(sorted({each.filename for each in known})),
+        )  # fmt: skip
+    if others:
+        logger.warning(describe(others, source.annotations))
     if not rows:
         raise ValueError(f"{source.annotations} holds no rows.")
-    carve_missing_splits(rows, {row["split"] for row in source.rows}, seed)
+    groups = group_identical([row["image"] for row in rows])
+    warn_of_shared_images(rows, groups)
+    carve_missing_splits(rows, {row["split"] for row in source.rows}, seed, groups)
     return rows, bad
 
 
 def missing_images(rows, kept, num_proc):
     """Row number -> why there is no image file; the files of URLs are fetched."""
     not_fetched = fetch_urls(rows, kept, num_proc)
-    return {number: MISSING for number, row in enumerate(rows) if row["image"] is None} | not_fetched
+    missing = {number: row.get("missing", MISSING) for number, row in enumerate(rows) if row["image"] is None}
+    return missing | not_fetched
 
 
 def fetch_urls(rows, kept, num_proc):
     """Put a file in the place of each URL; row number -> reason of those that cannot be had."""
     remote = [(number, row) for number, row in enumerate(rows) if isinstance(row["image"], str)]
-    results = _parallel(lambda each: download(each[1]["image"], kept / "downloads"), remote, num_proc, "downloading")
+    urls = list(dict.fromkeys(row["image"] for _, row in remote))
+    fetched = _parallel(lambda url: download(url, kept / "downloads"), urls, num_proc, "downloading")
+    results = dict(zip(urls, fetched, strict=True))
     reasons = {}
-    for (number, row), (path, reason) in zip(remote, results, strict=True):
-        row["image"] = path
+    for number, row in remote:
+        row["image"], reason = results[row["image"]]
         if reason:
             reasons[number] = reason
     return reasons
@@ -320,27 +361,49 @@ def fingerprint(rows, bands=None):
     return digest.hexdigest()
 
 
-def carve_missing_splits(rows, distributed, seed):
+def warn_of_shared_images(rows, groups):
+    """Say which files are in several splits under different names: a test split with them flatters a model."""
+    members = defaultdict(list)
+    for row, group in zip(rows, groups, strict=True):
+        members[group].append(row)
+    shared = [each for each in members.values() if len({row["split"] for row in each}) > 1]
+    if shared:
+        first, *_, last = sorted(shared[0], key=lambda row: row["split"])
+        logger.warning(
+            "%d images are in more than one split under different names, such as %s (%s) and %s (%s): the files are "
+            "the same. They are kept as they are distributed.",
+            len(shared), first["filename"], first["split"], last["filename"], last["split"],
+        )  # fmt: skip
+
+
+def carve_missing_splits(rows, distributed, seed, groups):
     """Move a seeded tenth of the training rows to each of test and validation that is not distributed, and say so.
 
-    A split that is distributed, and of which no row can be used, is not replaced.
+    Rows of the same image (`groups`, a number for each row) stay together. A split that is distributed, and of which
+    no row can be used, is not replaced.
     """
-    train = [row for row in rows if row["split"] == "train"]
-    total = len(train)
+    total = sum(row["split"] == "train" for row in rows)
     for name in sorted(distributed - {row["split"] for row in rows}):
         logger.warning("No row of the %s split can be used: there is no such split.", name)
     for name in ("validation", "test"):
+        train = defaultdict(list)
+        for row, group in zip(rows, groups, strict=True):
+            if row["split"] == "train":
+                train[group].append(row)
         if name in distributed or len(train) < 2:
             continue
-        count = max(1, round(total * SHARE_SET_ASIDE))
-        order = np.random.default_rng(seed).permutation(len(train))
-        for row in order[:count]:
-            train[row]["split"] = name
+        images = list(train.values())
+        wanted, count = max(1, round(total * SHARE_SET_ASIDE)), 0
+        for chosen in np.random.default_rng(seed).permutation(len(images))[:-1]:
+            if count >= wanted:
+                break
+            for row in images[chosen]:
+                row["split"] = name
+            count += len(images[chosen])
         logger.warning(
             "No %s split is distributed: %d of %d training images are set aside for it (seed %d).",
             name, count, total, seed,
         )  # fmt: skip
-        train = [row for row in train if row["split"] == "train"]
 
 
 def published_counts(name, splits):
@@ -369,68 +432,23 @@ def save_parquet(splits, folder, *, title, bad_rows=()):
         bool: whether anything had to be written; False where the folder holds these very splits.
 
     Raises:
-        ValueError: where the folder holds shards that this function did not write.
+        ValueError: where the folder holds what this function did not write.
     """
-    folder = Path(folder)
-    data, written_from = folder / "data", folder / ".sources"
-    key = " ".join([*splits, *(split._fingerprint for split in splits.values())])
-    if written_from.is_file() and written_from.read_text(encoding="utf-8") == key:
-        return False
-    old = sorted(data.glob("*.parquet"))
-    if old and not written_from.is_file():
-        raise ValueError(f"{data} holds parquet files of another origin, which are not written over.")
-    written_from.unlink(missing_ok=True)
-    data.mkdir(parents=True, exist_ok=True)
-    for path in old:
-        path.unlink()
-    for name, split in splits.items():
-        count = -(-len(split) // ROWS_IN_A_SHARD)
-        for number in range(count):
-            table = split.shard(count, number, contiguous=True).with_format("arrow")
-            table = table.map(embed_table_storage, batched=True, batch_size=200, keep_in_memory=True)
-            table.to_parquet(data / f"{name}-{number:05d}-of-{count:05d}.parquet", batch_size=200)
-    (folder / "README.md").write_text(dataset_card(splits, title, bad_rows), encoding="utf-8")
-    written_from.write_text(key, encoding="utf-8")
-    return True
-
-
-def dataset_card(splits, title, bad_rows=()):
-    """The page of a prepared dataset, with the metadata that tells its splits."""
-    files = [{"split": name, "path": f"data/{name}-*"} for name in splits]
-    metadata = DatasetCardData(
-        task_categories=["image-to-text", "zero-shot-image-classification"],
-        tags=["remote-sensing", "image-text-retrieval"],
-        configs=[{"config_name": "default", "data_files": files}],
-    )
-    sizes = "\n".join(
-        f"| {name} | {len(split):,} | {sum(map(len, split['captions'])):,} |" for name, split in splits.items()
-    )
-    left_out = f"\n{len(bad_rows)} faults were left out; `bad_rows.json` lists them.\n" if bad_rows else ""
-    return str(
-        DatasetCard(
-            f"---\n{metadata.to_yaml()}\n---\n\n# {title}\n\nImages and their captions, prepared for image-text "
-            f"retrieval with IEFT.\n\n| split | images | captions |\n| --- | --- | --- |\n{sizes}\n{left_out}\n"
-            "Columns: `image`, `filename`, `captions` (a list of sentences). The licence is that of the images and "
-            "captions it was made from.\n"
-        )
-    )
-
-
-def push_folder(folder, repo_id, *, private=None):
-    """A folder of `save_parquet` as one commit on the Hub: the URL of the commit."""
-    api = HfApi()
-    repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-    allowed = ["data/*.parquet", "README.md", "bad_rows.json", "report.*"]
-    commit = api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder, allow_patterns=allowed)
-    return commit.commit_url
+    output = PreparedFolder(folder, title)
+    output.check()
+    output.start()
+    return output.save(splits, title=title, bad_rows=bad_rows)
 
 
 def main(arguments=None):
     """Read, check, write, push; 0, or 1 with the reason on the screen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name_or_path", help="scenes, twins, a benchmark, a folder, file or archive, or user/name")
-    parser.add_argument("--data_dir", help="the distributed folder, zip or tar of a named benchmark")
+    parser.add_argument("--data_dir", help="the distributed folder, zip or tar of a named benchmark; for a file of "
+                        "annotations, the folder that the names of its images start from")  # fmt: skip
     parser.add_argument("--output_dir", required=True, help="parquet shards, dataset card and bad_rows.json go here")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --output_dir, and the repository of "
+                        "--push_to_hub, hold of a dataset: shards, card, bad_rows.json, report")  # fmt: skip
     parser.add_argument("--push_to_hub", metavar="USER/NAME", help="also push them there")
     parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
     parser.add_argument("--image_column")
@@ -445,18 +463,15 @@ def main(arguments=None):
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         prepare(**args)
-    except BadRowsError as error:
-        print(f"{error}\nListed in {save_bad_rows(error.bad_rows, args['output_dir'])}.", file=sys.stderr)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, HfHubHTTPError) as error:
         print(error, file=sys.stderr)
-    else:
-        return 0
-    return 1
+        return 1
+    return 0
 
 
-def report_collection(name_or_path, data_dir, folder, *, title, image_column=None, caption_column=None, bands=None,
+def report_collection(name_or_path, data_dir, output, *, title, image_column=None, caption_column=None, bands=None,
                       num_proc=None, cache_dir=None, **_):  # fmt: skip
-    """A page about a collection as it is distributed, bad rows and all: the text, and files in a folder."""
+    """A page about a collection as it is distributed, bad rows and all: the text, and files in the output folder."""
     kept = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ieft"
     bands = parse_bands(bands) if isinstance(bands, str) else bands
     if name_or_path in SYNTHETIC:
@@ -468,25 +483,47 @@ def report_collection(name_or_path, data_dir, folder, *, title, image_column=Non
         rows = find_source(str(name_or_path), data_dir, columns, kept)[1].rows
     reasons = missing_images(rows, kept, num_proc)
     _, bad = usable_rows(rows, image_faults(rows, kept, num_proc, bands=bands) | reasons)
-    return save_report(title, rows, measure_collection(rows, bad, bands=bands, num_proc=num_proc), folder)
+    facts = measure_collection(rows, bad, bands=bands, num_proc=num_proc)
+    text = save_report(title, rows, facts, output.folder)
+    for name in ("report.txt", "report.json", "report.png"):
+        output.record(name)
+    return text
 
 
-def prepare(name_or_path, data_dir, *, output_dir, push_to_hub=None, private=None, report=False, **options):
-    """What the command does; arguments as its options."""
+def prepare(name_or_path, data_dir, *, output_dir, push_to_hub=None, private=None, report=False, overwrite=False,
+            **options):  # fmt: skip
+    """What the command does; arguments as its options. Nothing is read or written where something would be lost."""
+    place = data_dir or name_or_path
+    source = [name_or_path, os.path.abspath(place) if Path(place).exists() else place]
+    told = {name: value for name, value in options.items() if name not in ("num_proc", "cache_dir")}
+    output = PreparedFolder(output_dir, json.dumps([source, told], sort_keys=True))
+    if not overwrite:
+        output.check()
+        if push_to_hub:
+            output.check_remote(push_to_hub)
+    title = Path(name_or_path).name
     if report:
-        title = Path(name_or_path).name
-        print(report_collection(name_or_path, data_dir, output_dir, title=title, **options), end="\n\n")
-    splits, bad_rows = load_and_check(name_or_path, data_dir, **options)
-    save_bad_rows(bad_rows, output_dir)
-    title = (push_to_hub or Path(name_or_path).name).split("/")[-1]
-    written = save_parquet(splits, output_dir, title=title, bad_rows=bad_rows)
+        output.start(overwrite=overwrite)
+        print(report_collection(name_or_path, data_dir, output, title=title, **options), end="\n\n")
+    try:
+        splits, bad_rows = load_and_check(name_or_path, data_dir, **options)
+    except BadRowsError as error:
+        if output.is_complete():  # what was prepared before stays as it is
+            raise
+        output.start(overwrite=overwrite)
+        output.write("bad_rows.json", bad_rows_text(error.bad_rows))
+        raise ValueError(f"{error}\nListed in {output.folder / 'bad_rows.json'}.") from error
+    output.start(overwrite=overwrite)
+    title = (push_to_hub or title).split("/")[-1]
+    written = output.save(splits, title=title, bad_rows=bad_rows, overwrite=overwrite)
+    output.write("bad_rows.json", bad_rows_text(bad_rows))
     for name, split in splits.items():
         print(f"{name}: {len(split):,} images, {sum(map(len, split['captions'])):,} captions")
     for line in published_counts(name_or_path, splits):
         print(line)
     print(f"{len(bad_rows)} bad rows; {output_dir} {'written' if written else 'holds these splits already'}")
     if push_to_hub:
-        print(f"Pushed: {push_folder(output_dir, push_to_hub, private=private)}")
+        print(f"Pushed: {output.push(push_to_hub, private=private)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ also stand in a JSON file, given as the only argument. How a network works and w
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from transformers import HfArgumentParser, set_seed
 
 from configuration_ieft import IeftConfig
 from convert_checkpoint import load_any_checkpoint
+from ieft.data.duplicates import find_copies, make_thumbnail
 from ieft.data.invalid_examples import BadRowsError, save_bad_rows
 from ieft.evaluation.report import ranked_sheet, recall_table, training_curves, two_stage_table
 from ieft.evaluation.two_stage import choose_similarity_weight, compare_stages, make_shortlists
@@ -38,7 +38,7 @@ from ieft.training.settings import read_settings, refuse_settings
 from ieft.training.trainer import IeftTrainer, IeftTrainingArguments
 from modeling_ieft import IeftForImageTextRetrieval
 from prepare_datasets import load_and_check, load_lazily
-from processing_ieft import IeftImageProcessor, IeftProcessor, to_rgb
+from processing_ieft import IeftImageProcessor, IeftProcessor
 
 logger = logging.getLogger("run_retrieval")
 
@@ -313,12 +313,12 @@ def load_splits(data_args, args):
 def load_others(data_args, splits, seed):
     """Name -> the split asked for of each of `eval_datasets`, and how many of its images were left out.
 
-    Images that were trained or chosen on are, but where the very split that they are of is asked for. Images are the
-    same if all their pixels are, however they are stored.
+    Images that were trained or chosen on are, but where the very split that they are of is asked for; they are
+    recognised when they were saved anew, as JPEG or otherwise (`ieft.data.duplicates`).
     """
     if not data_args.eval_datasets:
         return {}
-    seen = {key for name in ("train", "validation") for key in map(pixel_hash, iterate_images(splits[name]))}
+    seen = [make_thumbnail(image) for name in ("train", "validation") for image in iterate_images(splits[name])]
     others = {}
     for wish in data_args.eval_datasets:
         place, split = parse_wish(wish)
@@ -332,8 +332,9 @@ def load_others(data_args, splits, seed):
         if split not in loaded:
             raise ValueError(f"--eval_datasets {wish}: it has no usable row in its {split} split.")
         wanted = loaded[split]
-        known = set() if name == data_args.dataset_name and split != "test" else seen
-        kept = [row for row, image in enumerate(iterate_images(wanted)) if pixel_hash(image) not in known]
+        known = [] if name == data_args.dataset_name and split != "test" else seen
+        copies = find_copies([make_thumbnail(image) for image in iterate_images(wanted)], known)
+        kept = [row for row, copy in enumerate(copies) if not copy]
         if not kept:
             raise ValueError(
                 f"--eval_datasets {wish}: the model was trained on all {len(wanted)} images of its {split} split."
@@ -352,12 +353,6 @@ def parse_wish(wish):
 def iterate_images(split):
     """The images of a split, one after another."""
     return (row["image"] for row in split.select_columns(["image"]))
-
-
-def pixel_hash(image):
-    """A hash of an image's size and RGB pixels."""
-    rgb = to_rgb(image)
-    return hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).digest()
 
 
 def rank_others(trainer, processor, others, data_args):

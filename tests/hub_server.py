@@ -32,8 +32,9 @@ class Hub:
             self.commit(name, {".gitattributes": b""})
         return name
 
-    def commit(self, name, files):
+    def commit(self, name, files, deleted=()):
         everything = (self.files(name) if self.commits[name] else {}) | files
+        everything = {path: content for path, content in everything.items() if path not in deleted}
         sha = hashlib.sha1(f"{name} {len(self.commits[name])}".encode()).hexdigest()
         self.commits[name].append((sha, everything))
         return sha
@@ -154,14 +155,16 @@ class Handler(BaseHTTPRequestHandler):
         self.send(b"")
 
     def commit(self, name):
-        files = {}
+        files, deleted = {}, []
         for line in self.body.decode().splitlines():
             entry = json.loads(line)
             if entry["key"] == "file":
                 files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
             elif entry["key"] == "lfsFile":
                 files[entry["value"]["path"]] = self.hub.uploads[entry["value"]["oid"]]
-        sha = self.hub.commit(name, files)
+            elif entry["key"] == "deletedFile":
+                deleted.append(entry["value"]["path"])
+        sha = self.hub.commit(name, files, deleted)
         self.send_json({"commitUrl": f"{self.server.address}/{name}/commit/{sha}", "commitOid": sha, "success": True})
 
     def describe(self, name, revision="main"):
@@ -173,6 +176,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def tree(self, name, revision, folder=None):
         """What lies in a folder, and with `recursive` all below it."""
+        if name not in self.hub.commits:
+            return self.send_error_code(404, "RepoNotFound", "no such repository")
         files = self.hub.files(name, revision)
         start = f"{folder}/" if folder else ""
         below = [path for path in files if path.startswith(start)]

@@ -189,7 +189,7 @@ def test_a_blank_caption_is_dropped_and_its_image_kept(tmp_path):
         ("not json", "is not JSON"),
         ('{"pictures": []}', "list `images` that is not empty"),
         ('{"images": [{"filename": "a.jpg", "split": "train"}]}', "image 0 must have .*`sentences`"),
-        ('{"images": [{"filename": "a.jpg", "split": "dev", "sentences": []}]}', "image 0 must have .*dev"),
+        ('{"images": [{"filename": "a.jpg", "split": "holdout", "sentences": []}]}', "image 0 must have .*holdout"),
         ('{"images": ["a.jpg"]}', "image 0 must have"),
     ],
 )
@@ -250,7 +250,8 @@ def test_bands_that_were_not_chosen_are_asked_for_before_anything(tmp_path, caps
     assert np.array_equal(
         np.asarray(first), np.asarray(read_picture(folder / "images" / "train_0.tif", bands=(4, 3, 2)))
     )
-    assert main([*command, "--bands", "1,2,3"]) == 0 and "out written" in capsys.readouterr().out  # not the old ones
+    assert main([*command, "--bands", "1,2,3"]) == 1 and "pass --overwrite" in capsys.readouterr().err
+    assert main([*command, "--bands", "1,2,3", "--overwrite"]) == 0 and "out written" in capsys.readouterr().out
     other = load_retrieval_dataset(str(tmp_path / "out"))["train"][0]["image"]  # `load_dataset` may keep the old ones
     assert not np.array_equal(np.asarray(first), np.asarray(other))
 
@@ -261,7 +262,7 @@ def test_bands_that_were_not_chosen_are_asked_for_before_anything(tmp_path, caps
 def test_the_command_writes_shards_that_the_library_reads_back(tmp_path, capsys, monkeypatch):
     write_folder(tmp_path / "data")
     command = [str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"), "--num_proc", "2"]
-    monkeypatch.setattr("prepare_datasets.ROWS_IN_A_SHARD", 4)
+    monkeypatch.setattr("ieft.data.prepared.ROWS_IN_A_SHARD", 4)
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "train: 10 images, 50 captions" in printed and "0 bad rows" in printed and "written" in printed

@@ -212,7 +212,7 @@ def test_other_column_names_are_asked_for_and_named(tmp_path):
         ("a.json", "[" * 100_000, "is not JSON"),
         ("a.csv", "", "must hold records"),
         ("a.jsonl", '{"image": "x"', "cannot be read as a table"),
-        ("a.jsonl", '{"image": "x", "caption": "y", "split": "dev"}', "split 'dev'; expected one of train"),
+        ("a.jsonl", '{"image": "x", "caption": "y", "split": "holdout"}', "split 'holdout'; expected one of train"),
         ("a.parquet", "none", "cannot be read as a table"),
         ("a.arrow", "none", "is not an arrow file"),
         ("a.tar", "none", "is not a tar"),
@@ -311,7 +311,7 @@ def test_images_by_url_are_fetched_once_and_failures_are_bad_rows(tmp_path):
                    for split, name, _, captions in samples()]  # fmt: skip
         (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
         check_everything(load_retrieval_dataset(str(tmp_path / "a.jsonl")))
-        gone = {"url": f"{address}/gone.png", "captions": ["a field ."]}
+        gone = {"url": f"{address}/gone.png", "captions": ["a field ."], "split": "train"}
         with (tmp_path / "a.jsonl").open("a") as file:
             file.write("\n" + json.dumps(gone))
         with pytest.raises(BadRowsError, match="gone.png: cannot be downloaded: HTTP Error 404"):

@@ -1,8 +1,7 @@
 """Zip and tar archives, opened without trusting them.
 
-In: an archive and a folder. Out: its plain files in that folder, or the bytes of a tar's members without unpacking.
-Nothing is written outside the folder, no link or device is made, and sizes are limited while reading, since the sizes
-that an archive states of itself prove nothing. It knows nothing of datasets.
+Nothing is written outside the target folder, no link or device is made, and sizes are limited while reading, since the
+sizes that an archive states of itself prove nothing. What macOS and Windows leave behind is no content.
 """
 
 import shutil
@@ -10,6 +9,8 @@ import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from ieft.data.locate import is_junk
 
 ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 CHUNK = 2**20
@@ -92,6 +93,8 @@ def _extract_members(archive, folder, limits):
     count = 0
     for name, opened in _members(archive, limits):
         path = _inside(folder, name, archive)
+        if any(map(is_junk, path.relative_to(folder).parts)):
+            continue
         path.parent.mkdir(parents=True, exist_ok=True)
         left -= _copy(opened, path, min(left, limits.file_bytes), archive)
         count += 1
@@ -107,9 +110,9 @@ def _members(archive, limits):
             for member in members:
                 if (member.external_attr >> 16) & 0o170000 == 0o120000:
                     raise UnsafeArchiveError(f"{archive} holds a link, {member.filename!r}, and was not unpacked.")
-                if not member.is_dir():
+                if not member.filename.endswith(("/", "\\")):
                     with opened.open(member) as file:
-                        yield member.filename, file
+                        yield _zip_name(member), file
     else:
         with tarfile.open(archive, tarinfo=StrictTarInfo) as opened:
             for count, member in enumerate(opened, start=1):
@@ -122,6 +125,16 @@ def _members(archive, limits):
                     raise UnsafeArchiveError(
                         f"{archive} holds a link or device, {member.name!r}, and was not unpacked."
                     )
+
+
+def _zip_name(member):
+    """The name of a member. Without the flag that says UTF-8, many programs write UTF-8 all the same."""
+    if member.flag_bits & 0x800:
+        return member.filename
+    try:
+        return member.filename.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return member.filename
 
 
 def _check_count(count, limits, archive):

@@ -5,6 +5,7 @@ In: an http or https URL and a folder. Out: a file, or the reason why there is n
 
 import hashlib
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -29,7 +30,7 @@ def download(url, folder, *, max_bytes=MAX_BYTES, timeout=TIMEOUT, total_timeout
     if path.is_file():
         return path, None
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
+    partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "ieft"})
         with build_opener().open(request, timeout=timeout) as answer, partial.open("wb") as file:

@@ -1,40 +1,42 @@
-"""Every kind of image-caption collection as rows.
+"""Every kind of image-caption collection as rows of `filename`, `split`, `captions` and `image`.
 
-In: a folder, file or archive. Out: a `Source`: rows of `filename`, `split`, `captions` and `image`, where the image is
-a path, bytes, or None where it is missing. It reads annotations only, decodes no image, judges no row, and changes
-nothing of the user's.
+An image is a path, a URL, bytes, or None where it is missing. Annotations alone are read: no image is decoded, no row
+is judged, and nothing of the user's is changed.
 """
 
-import csv
 import json
+import logging
 import re
-import sys
 from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from os.path import abspath
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet  # noqa: F401 (pa.parquet)
 
-from ieft.data.archives import tar_members
-from ieft.data.invalid_examples import show
+from ieft.data.archives import ARCHIVE_ENDINGS, tar_members
+from ieft.data.invalid_examples import AMBIGUOUS, show
+from ieft.data.locate import SPLIT_NAMES, ImageFinder, is_junk, split_of_text
+from ieft.data.tables import parse_cell, read_csv, read_json_lines, read_text
+
+logger = logging.getLogger(__name__)
 
 # Spellings in circulation; the first that exists is taken, whatever its case.
 ANNOTATION_NAMES = ("dataset.json", "dataset_{name}.json", "{name}.json")
 IMAGE_FOLDER_NAMES = ("images", "imgs", "{name}_images", "image", ".")
-SPLIT_NAMES = {
-    "train": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-}
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "path", "file_name", "filename", "file", "image_url", "url")
+SPLIT_COLUMNS = ("split", "splits", "set", "subset", "partition", "phase")
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "sentence", "text", "raw")
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".jp2")
+EXPECTED_SPLITS = f"expected one of {', '.join(SPLIT_NAMES)}"
+CAPTION_ENDINGS = (".txt", ".json")  # of a WebDataset
 # A few kilobytes of parquet or arrow can stand for more than any memory holds.
 MAX_ROWS = 10_000_000
 MAX_TABLE_RATIO = 200  # bytes of a table for each of its file, beyond the first 2 GiB: captions need about 10
+CAPTIONS_OF_A_NAME = 5  # of the AMFMN family, whose *_filename.txt may name each image once
 NWPU_SENTENCES = ("raw", "raw_1", "raw_2", "raw_3", "raw_4")
 
 
@@ -47,8 +49,11 @@ class Source:
     rows: list[dict]
 
 
-def read_source(path, name, *, image_column=None, caption_column=None):
+def read_source(path, name, *, image_column=None, caption_column=None, image_root=None):
     """The rows of a folder or file, whatever of the known kinds it is.
+
+    Args:
+        image_root: the folder that the names of images start from; None is the folder of the annotations.
 
     Raises:
         ValueError: where it is of no known kind, or not of the shape of its kind; says what was found.
@@ -56,48 +61,57 @@ def read_source(path, name, *, image_column=None, caption_column=None):
     path = Path(path)
     columns = {"image_column": image_column, "caption_column": caption_column}
     if path.is_file():
-        return read_file(path, columns)
-    files = {each.name.lower(): each for each in sorted(path.iterdir()) if each.is_file()}
-    annotations = next(
-        (
-            files[each.format(name=name).lower()]
-            for each in ANNOTATION_NAMES
-            if each.format(name=name).lower() in files
-        ),
-        None,
-    )
-    if annotations:
-        return read_json(annotations, path, name, columns)
-    tables = sorted(path.glob("metadata.*")) + sorted(path.glob("*/metadata.*"))
-    tables = [each for each in tables if each.suffix.lower() in TABLE_ENDINGS]
-    if tables:
-        return join_sources(path, [read_table(each, columns) for each in tables])
-    parquet = sorted(path.glob("data/*.parquet"))
-    if parquet:
-        return join_sources(path, [read_table(each, columns) for each in parquet])
+        return read_file(path, columns, root=image_root)
+    root = image_root or path
+    files = {each.name.lower(): each for each in sorted(path.iterdir()) if each.is_file() and not is_junk(each.name)}
+    for each in ANNOTATION_NAMES:
+        if each.format(name=name).lower() in files:
+            return read_json(files[each.format(name=name).lower()], root, name, columns)
+    pairs = find_caption_texts(path)
+    if pairs:
+        return join_sources(path, [read_caption_text(*pair, root) for pair in pairs])
+    coco = [each for each in (*path.glob("captions_*.json"), *path.glob("annotations/captions_*.json"))]
+    if coco:
+        return join_sources(path, [read_json(each, root, name, columns) for each in sorted(coco)])
+    for pattern in (("metadata.*", "*/metadata.*"), ("data/*.parquet",)):
+        tables = sorted(each for one in pattern for each in path.glob(one))
+        tables = [each for each in tables if each.suffix.lower() in TABLE_ENDINGS and not is_junk(each.name)]
+        if tables:
+            return read_tables(path, tables, columns, root=image_root)
     for endings in ((".arrow",), (".tar",), (".json",), TABLE_ENDINGS):
         found = [each for lower, each in files.items() if lower.endswith(endings)]
+        if found and endings == TABLE_ENDINGS:
+            return read_tables(path, found, columns, root=image_root)
         if found:
-            return join_sources(path, [read_file(each, columns, path) for each in found])
+            return join_sources(path, [read_file(each, columns, root) for each in found])
+    archives = [each.name for lower, each in files.items() if lower.endswith(ARCHIVE_ENDINGS)]
+    present = ", ".join(sorted(each.name for each in path.iterdir()))[:300] or "nothing"
     raise ValueError(
         f"{path} holds no annotation file: expected one of {', '.join(ANNOTATION_NAMES).format(name=name)}, "
-        "metadata.csv or metadata.jsonl, captions of COCO, tables, tars of a WebDataset or arrow files; found "
-        f"{', '.join(sorted(each.name for each in path.iterdir()))[:300] or 'nothing'}."
+        "metadata.csv or metadata.jsonl, captions of COCO, *_caps.txt beside *_filename.txt, tables, tars of a "
+        f"WebDataset or arrow files; found {present}."
+        + (f" Pass {archives[0]} itself, or unpack it first." if archives else "")
     )
 
 
-def read_file(path, columns, folder=None):
-    """The rows of one file, by its ending."""
+def read_file(path, columns, root=None):
+    """The rows of one file, by its ending; the names of its images start from `root`, or from its own folder."""
     lower = path.name.lower()
     if lower.endswith(".json"):
-        return read_json(path, folder or path.parent, path.stem, columns)
+        return read_json(path, root or path.parent, path.stem, columns)
     if lower.endswith(".arrow"):
         return read_legacy_arrow(path)
     if lower.endswith(".tar"):
         return read_webdataset(path)
     if lower.endswith(TABLE_ENDINGS):
-        return read_table(path, columns)
-    raise ValueError(f"{path}: expected a file that ends in .json, .arrow, .tar or {', '.join(TABLE_ENDINGS)}.")
+        return read_tables(path, [path], columns, root=root)
+    pair = next((pair for pair in find_caption_texts(path.parent) if path in pair), None)
+    if pair:
+        return read_caption_text(*pair, root or path.parent)
+    raise ValueError(
+        f"{path}: expected a file that ends in .json, .arrow, .tar or {', '.join(TABLE_ENDINGS)}, or *_caps.txt "
+        "beside *_filename.txt."
+    )
 
 
 def join_sources(path, sources):
@@ -107,10 +121,68 @@ def join_sources(path, sources):
 
 def split_of_name(path):
     """The split that a file or its folder is named after, or None: "train-00000.parquet", "captions_val2017.json"."""
-    for word in re.findall(r"[a-z]+", path.stem.lower()) + [path.parent.name.lower()]:
-        if word in SPLIT_NAMES:
-            return SPLIT_NAMES[word]
-    return None
+    return split_of_text(path.stem) or SPLIT_NAMES.get(path.parent.name.lower())
+
+
+def split_of_value(value):
+    """The split that an annotation names, whatever its spelling; None for other values."""
+    return SPLIT_NAMES.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+# Caption texts of the AMFMN family --------------------------------------------------------------------------------
+
+
+def find_caption_texts(folder):
+    """Pairs of `train_caps.txt` and `train_filename.txt`, by split.
+
+    `train_caps_verify.txt` and `val_caps_verify.txt` are what the family draws from `train_caps.txt` for training and
+    validation: where both are there, they are taken in its place.
+    """
+    names = {each.name.lower(): each for each in folder.iterdir() if each.is_file() and not is_junk(each.name)}
+    pairs = {}
+    for lower, captions in sorted(names.items()):
+        match = re.fullmatch(r"(.+)_caps(_verify)?\.txt", lower)
+        split = match and split_of_value(match[1])
+        if split:
+            filenames = names.get(f"{match[1]}_filename{match[2] or ''}.txt")
+            if filenames is None:
+                raise ValueError(f"{captions}: {match[1]}_filename{match[2] or ''}.txt is expected beside it.")
+            pairs[split, bool(match[2])] = (captions, filenames, split)
+    if ("train", True) in pairs and ("validation", True) in pairs:
+        pairs.pop(("train", False), None), pairs.pop(("validation", False), None)
+        logger.warning("%s: train and validation are read from *_verify.txt, which were drawn from train.", folder)
+    else:
+        pairs = {key: pair for key, pair in pairs.items() if not key[1]}
+    return list(pairs.values())
+
+
+def read_caption_text(captions, filenames, split, root):
+    """Rows of a caption a line, and of as many names of images, or one name for each five captions."""
+    lines, names = (_lines(each) for each in (captions, filenames))
+    if names and len(lines) == len(names):
+        each = 1
+    elif names and len(lines) == CAPTIONS_OF_A_NAME * len(names):
+        each = CAPTIONS_OF_A_NAME
+    else:
+        raise ValueError(
+            f"{captions} has {len(lines):,} lines, {filenames} has {len(names):,}: as many are expected, or "
+            f"{CAPTIONS_OF_A_NAME} captions for each name. Lines may be blank, and none may be left out."
+        )
+    rows = {}
+    finder = ImageFinder(root)
+    for number, line in enumerate(lines):
+        name = names[number // each].strip()
+        if not name:
+            raise ValueError(f"{filenames}, line {number // each + 1}: the name of an image is expected.")
+        if name not in rows:
+            rows[name] = {"filename": name, "split": split, "captions": []} | _find(finder, name)
+        rows[name]["captions"].append(line)
+    return Source(captions, root, list(rows.values()))
+
+
+def _lines(path):
+    text = read_text(path).replace("\r\n", "\n")
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 # JSON ------------------------------------------------------------------------------------------------------------
@@ -119,11 +191,11 @@ def split_of_name(path):
 def read_json(path, folder, name, columns):
     """Karpathy's schema, NWPU-Captions', COCO captions, or a list of records, told apart by their shape."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if isinstance(content, list):
-        return table_source(path, content, columns)
+        return table_source(path, content, columns, root=folder)
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         return read_coco(path, content, folder)
     if isinstance(content, dict) and "images" not in content:
@@ -158,35 +230,41 @@ def read_entries(path, entries, folder, name):
         for each in IMAGE_FOLDER_NAMES
         if each.format(name=name).lower() in children
     )
-    paths = index_images(image_folder)
+    finders = [ImageFinder(image_folder)] + ([ImageFinder(folder)] if image_folder != folder else [])
     rows = []
     for position, entry in enumerate(entries):
         try:
             filename, captions = _name(entry["filename"]), [sentence["raw"] for sentence in entry["sentences"]]
-            split = SPLIT_NAMES[entry["split"]]
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}: image {position} must have a `filename`, a `split` of {', '.join(SPLIT_NAMES)} and "
                 f"`sentences` of `raw`; found {show(entry)}."
             ) from error
-        image = _look_up(paths, filename) or _look_up(paths, Path(filename).name)
-        rows.append({"filename": filename, "split": split, "captions": captions, "image": image})
+        split = split_of_value(entry.get("split"))
+        if split is None:
+            raise ValueError(
+                f"{path}: image {position} must have a `filename`, a `split` of {', '.join(SPLIT_NAMES)} and "
+                f"`sentences` of `raw`; found the split {show(entry.get('split'))}."
+            )
+        below = entry.get("filepath")  # of COCO in this schema: the folder of the image
+        place = f"{below}/{filename}" if isinstance(below, str) and below else filename
+        rows.append({"filename": filename, "split": split, "captions": captions} | _find_in(finders, place))
     return Source(path, image_folder, rows)
 
 
-def index_images(folder):
-    """Files below a folder by relative path, and by that or the bare name in lower case where only one has it."""
-    exact, paths, names = {}, {}, {}
-    for path in sorted(each for each in folder.rglob("*") if each.is_file()):
-        relative = path.relative_to(folder).as_posix()
-        exact[relative] = path
-        paths[relative.lower()] = None if relative.lower() in paths else path
-        names[path.name.lower()] = None if path.name.lower() in names else path
-    return {name: path for name, path in (names | paths).items() if path} | exact
+def _find(finder, name):
+    """`image`, the file of a name or None, and with it `missing`, why there is none, where that is known."""
+    image, reason = finder.find(name)
+    return {"image": image, "missing": f"{AMBIGUOUS}: {reason}"} if reason else {"image": image}
 
 
-def _look_up(paths, name):
-    return paths.get(name) or paths.get(name.lower())
+def _find_in(finders, name):
+    found = {"image": None}
+    for finder in finders:
+        found = _find(finder, name)
+        if found["image"] or "missing" in found:
+            break
+    return found
 
 
 def _name(value):
@@ -198,22 +276,23 @@ def _name(value):
 
 def read_coco(path, content, folder):
     """Rows of COCO captions: `images` of `id` and `file_name`, `annotations` of `image_id` and `caption`."""
-    paths = index_images(folder)
+    finder = ImageFinder(folder.parent if folder.name == "annotations" else folder)
+    own_folder = path.stem.removeprefix("captions_")
     try:
         captions = {image["id"]: [] for image in content["images"]}
+        if len(captions) != len(content["images"]):
+            raise KeyError("an `id` of its own for each image")
         for annotation in content["annotations"]:
             captions[annotation["image_id"]].append(annotation["caption"])
-        split = split_of_name(path) or "train"
-        rows = [
-            {
-                "filename": _name(image["file_name"]),
-                "split": SPLIT_NAMES.get(image.get("split"), split),
-                "captions": captions[image["id"]],
-                "image": _look_up(paths, _name(image["file_name"]))
-                or _look_up(paths, f"{path.stem.removeprefix('captions_')}/{image['file_name']}"),
-            }
-            for image in content["images"]
-        ]
+        default = split_of_name(path) or "train"
+        rows = []
+        for image in content["images"]:
+            name = _name(image["file_name"])
+            split = default if image.get("split") is None else split_of_value(image["split"])
+            if split is None:
+                raise ValueError(f"{path}: image {show(name)} has split {show(image['split'])}; {EXPECTED_SPLITS}.")
+            found = _find(finder, f"{own_folder}/{name}")
+            rows.append({"filename": name, "split": split, "captions": captions[image["id"]]} | found)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path} must be COCO captions: `images` of `id` and `file_name`, and `annotations` of `caption` and the "
@@ -225,21 +304,28 @@ def read_coco(path, content, folder):
 # Tables ------------------------------------------------------------------------------------------------------------
 
 
-def read_table(path, columns):
-    """Rows of a CSV, JSONL or Parquet file; paths in it are taken from the file's folder."""
+def read_tables(folder, paths, columns, *, root=None):
+    """Rows of CSV, JSONL or Parquet files; paths in them are taken from `root`, or from each file's folder."""
+    rows = TableRows(columns)
+    for path in paths:
+        rows.add(path, _read_records(path, columns), root=root)
+    return Source(folder, root or paths[0].parent, rows.as_list())
+
+
+def _read_records(path, columns):
     lower = path.name.lower()
-    try:
-        if lower.endswith(".parquet"):
+    if lower.endswith(".parquet"):
+        try:
             records = _read_parquet(path)
-        elif lower.endswith((".jsonl", ".ndjson")):
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        else:
-            csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                records = list(csv.DictReader(file, delimiter="\t" if lower.endswith(".tsv") else ","))
-    except (ValueError, csv.Error, RecursionError, OverflowError, pa.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read as a table: {error}.") from error
-    return table_source(path, records, columns)
+        except (ValueError, RecursionError, OverflowError, pa.ArrowException) as error:
+            raise ValueError(f"{path} cannot be read as a table: {error}.") from error
+    elif lower.endswith((".jsonl", ".ndjson")):
+        records = read_json_lines(path)
+    else:
+        wishes = [wish.lower() for wish in columns.values() if wish]
+        known = {*IMAGE_COLUMNS, *CAPTION_COLUMNS, *SPLIT_COLUMNS, *wishes}
+        records = read_csv(path, known, lambda names: choose_columns(path, names, columns))
+    return records
 
 
 def _read_parquet(path):
@@ -271,88 +357,151 @@ def _check_table_size(path, rows, size):
         raise ValueError(f"it holds more than {MAX_ROWS:,} rows, or {limit:,} bytes once unpacked")
 
 
-def table_source(path, records, columns, *, start=0):
-    """Rows of records, numbered from `start`.
+def table_source(path, records, columns, *, start=0, root=None):
+    """Rows of records, numbered from `start`; their images are looked for below `root`, or the table's folder."""
+    rows = TableRows(columns, start=start)
+    rows.add(path, records, root=root)
+    return Source(path, root or path.parent, rows.as_list())
 
-    Where a record holds one caption, records of one image in one split are one row.
+
+class TableRows:
+    """The rows of one table, or of the parts of one.
+
+    Where a record holds one caption, records of one image in one split are one row, whatever holds the image and in
+    whichever part they are.
     """
-    if not records or not all(isinstance(record, dict) for record in records):
-        raise ValueError(f"{path} must hold records with an image and captions each; found {show(records)}.")
-    image_column, caption_columns = choose_columns(path, records[0], columns)
-    rows = {}
-    for position, record in enumerate(records, start):
-        captions = _captions(record, caption_columns)
-        split = _split(record, path, position)
-        image, filename = _locate(record.get(image_column), path.parent, f"{split}_{position}")
-        if isinstance(image, bytes) and record.get("filename"):
-            filename = record["filename"] if isinstance(record["filename"], str) else show(record["filename"])
-        key = (filename, split) if isinstance(record.get(caption_columns[0]), str) else position
-        row = rows.setdefault(key, {"filename": filename, "split": split, "captions": [], "image": image})
-        row["captions"] += captions
-    return Source(path, path.parent, list(rows.values()))
+
+    def __init__(self, columns, *, start=0):
+        self._columns, self._count = columns, start
+        self._rows = {}
+        self._names = {}  # name of an image in bytes -> its hash: other images of the same name get another
+
+    def as_list(self):
+        """The rows in the order of their first records."""
+        return list(self._rows.values())
+
+    def add(self, path, records, *, root=None):
+        """The records of a file; `path` is named in errors, and its name and folder may tell the split."""
+        if not records or not all(isinstance(record, dict) for record in records):
+            raise ValueError(f"{path} must hold records with an image and captions each; found {show(records)}.")
+        names = list(dict.fromkeys(name for record in records for name in record))
+        image_column, caption_columns = choose_columns(path, names, self._columns)
+        split_column = _split_column(names, records)
+        find = lru_cache(maxsize=None)(ImageFinder(root or path.parent).find)  # asked once a caption
+        for position, record in enumerate(records, self._count):
+            try:
+                captions, single = _captions(record, caption_columns)
+            except ValueError as error:
+                raise ValueError(f"{path}: row {position} holds {error}.") from error
+            split = _split(record.get(split_column), path, position, bool(split_column))
+            image, label, identity, reason = _locate(record.get(image_column), find)
+            given = record.get("filename")
+            if isinstance(image, bytes) and given and image_column != "filename":
+                label = given if isinstance(given, str) else show(given)
+            key = (identity, label if isinstance(image, bytes) else None, split) if single and identity else position
+            if key not in self._rows:
+                filename = label or f"{split}_{position}"
+                if isinstance(image, bytes) and self._names.setdefault(filename, identity) != identity:
+                    filename = f"{filename} (row {position})"
+                self._rows[key] = {"filename": filename, "split": split, "captions": [], "image": image}
+                if reason:
+                    self._rows[key]["missing"] = f"{AMBIGUOUS}: {reason}"
+            self._rows[key]["captions"] += captions
+        self._count += len(records)
 
 
 def choose_columns(where, names, columns):
     """The image column and the caption columns: those asked for, or the first of the usual names that is there.
 
+    Columns of one name and a number, such as `caption`, `caption_1` and `caption.2`, hold captions together.
+
     Raises:
         ValueError: that names the columns there are.
     """
-    chosen = []
+    names = [name for name in names if isinstance(name, str)]
+    lower = {name.lower(): name for name in reversed(names)}
+    chosen = {}
     for option, usual in (("image_column", IMAGE_COLUMNS), ("caption_column", CAPTION_COLUMNS)):
         wish = columns.get(option)
-        chosen.append(wish if wish else next((name for name in usual if name in names), None))
-    numbered = sorted((name for name in names if re.fullmatch(r"(caption|sentence|text|raw)_?\d+", str(name))),
-                      key=lambda name: int(re.sub(r"\D", "", name)))  # fmt: skip
-    captions = [chosen[1]] if chosen[1] in names else []
-    if not captions and (not columns.get("caption_column")) and numbered:
-        captions = numbered
-    if chosen[0] not in names or not captions:
+        chosen[option] = (wish if wish in names else lower.get(wish.lower())) if wish else None
+        if not wish:
+            chosen[option] = next((lower[name] for name in usual if name in lower), None)
+    image, caption = chosen["image_column"], chosen["caption_column"]
+    captions = [caption] if caption else []
+    if not columns.get("caption_column"):
+        base = caption.lower().rstrip("s") if caption else r"(?:caption|sentence|text|raw)"
+        numbered = [name for name in names if re.fullmatch(rf"{base}s?[_. ]?\d+", name.lower())]
+        captions += sorted(numbered, key=lambda name: int(re.search(r"\d+$", name)[0]))
+    if not image or not captions:
         raise ValueError(
             f"{where}: which column holds images, and which captions? Its columns are "
-            f"{', '.join(map(str, names))[:1000]}. Pass --image_column and --caption_column."
+            f"{', '.join(map(str, names))[:1000]}. Pass --image_column and --caption_column, or name the columns in "
+            "the first line."
         )
-    return chosen[0], captions
+    unread = [lower[name] for name in CAPTION_COLUMNS if name in lower and lower[name] not in (*captions, image)]
+    if unread and not columns.get("caption_column"):
+        logger.warning("%s: captions are read from %s, not from %s (--caption_column chooses another).",
+                       where, ", ".join(captions), ", ".join(unread))  # fmt: skip
+    return image, captions
 
 
 def _captions(record, columns):
-    """The captions of one record: one string, a list, or several columns; empty further columns are none."""
-    captions = []
+    """The captions of a record, and whether it is one caption alone; empty further columns are none.
+
+    A cell holds one string, or a list, also one that was written as text.
+    """
+    captions, single = [], len(columns) == 1
     for column in columns:
         value = record.get(column)
         if value is None:
             continue
+        value = parse_cell(value) if isinstance(value, str) else value
+        if isinstance(value, list):
+            single = False
+        elif len(columns) > 1 and isinstance(value, str) and not value.strip():
+            continue
         for each in value if isinstance(value, list) else [value]:
             captions.append(each["raw"] if isinstance(each, dict) and "raw" in each else each)
-    return captions
+    return captions, single
 
 
-def _locate(value, folder, unnamed):
-    """An image cell as a path, bytes, URL or None, and a file name for it: `unnamed` where it has none."""
+def _locate(value, find):
+    """An image cell as a path, bytes, URL or None; the name it gives or None; what tells images apart; and a reason.
+
+    A dict of `bytes` and `path`, as the datasets library has it, is known by both.
+    """
+    name = None
     if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
+        path = value.get("path")
+        name = path if isinstance(path, str) and path.strip() and "\0" not in path else None
+        value = value.get("bytes") or path
     if isinstance(value, bytes):
-        return value, unnamed
+        return value, name, sha256(value).digest(), None
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        return None, unnamed
-    if re.match(r"https?://", value):
-        return value, value
-    return _file_at(folder / value), value
+        return None, None, None, None
+    if re.match(r"https?://", value, re.IGNORECASE):
+        return value, value, value, None
+    image, reason = find(value)
+    return image, value, (abspath(image) if image else value), reason
 
 
-def _file_at(path):
-    """The path where a file is there, or None; None too for what no system could have as a path."""
-    try:
-        return path if path.is_file() else None
-    except (OSError, ValueError):
-        return None
+def _split_column(names, records):
+    """The column that tells splits: `split`, or another of the usual names whose values are all splits."""
+    lower = {name.lower(): name for name in reversed(names) if isinstance(name, str)}
+    for usual in SPLIT_COLUMNS:
+        values = [record.get(lower[usual]) for record in records] if usual in lower else []
+        if any(values) and (usual == "split" or all(split_of_value(value) for value in values)):
+            return lower[usual]
+    return None
 
 
-def _split(record, path, position):
-    split = record.get("split") or split_of_name(path) or "train"
-    if not isinstance(split, str) or split not in SPLIT_NAMES:
-        raise ValueError(f"{path}: row {position} has split {show(split)}; expected one of {', '.join(SPLIT_NAMES)}.")
-    return SPLIT_NAMES[split]
+def _split(value, path, position, told):
+    if not told:
+        return split_of_name(path) or "train"
+    split = split_of_value(value)
+    if split is None:
+        raise ValueError(f"{path}: row {position} has split {show(value)}; {EXPECTED_SPLITS}.")
+    return split
 
 
 # Containers of image bytes -----------------------------------------------------------------------------------------
@@ -373,11 +522,10 @@ def read_legacy_arrow(path):
         )
     rows = []
     for position, record in enumerate(_records(path, table.select(columns))):
-        split = record.get("split") if isinstance(record.get("split"), str) else None
-        split = SPLIT_NAMES.get(split) or split_of_name(path) or "train"
+        split = _split(record.get("split"), path, position, bool(record.get("split")))
         filename = record.get("image_id", f"row_{position}")
         filename = filename if isinstance(filename, str) else show(filename)
-        captions = _captions(record, ["caption"])
+        captions, _ = _captions(record, ["caption"])
         rows.append({"filename": filename, "split": split, "captions": captions, "image": record["image"]})
     return Source(path, path, rows)
 
@@ -412,20 +560,31 @@ def _records(path, table):
 
 
 def read_webdataset(path):
-    """Rows of one tar of a WebDataset: members of one key are an image and .txt or .json captions."""
-    samples = {}
-    for name, offset, size in tar_members(path):
-        stem, _, ending = name.rpartition("/")[2].partition(".")
-        key = name.removesuffix(f".{ending}")
-        parts = samples.setdefault(key, {})
-        if f".{ending.lower()}" in parts:
-            raise ValueError(f"{path} holds {show(name)} twice, and which of the two is meant is not known.")
-        parts[f".{ending.lower()}"] = (offset, size)
+    """Rows of one tar of a WebDataset: members of one key are an image and .txt or .json captions.
+
+    A key ends at the first dot of the name, as WebDataset has it, where that gives each image its captions; else at
+    the last dot, for names such as `tile_0.5m.png` beside `tile_0.5m.txt`.
+
+    Raises:
+        ValueError: where neither does: no image and no caption is left out without a word.
+    """
+    members = [(name, *place) for name, *place in tar_members(path) if not any(map(is_junk, Path(name).parts))]
+    samples, by_last_dot = _webdataset_samples(path, members), _webdataset_samples(path, members, at_last_dot=True)
+    strays, others = _strays(members, samples, by_last_dot), _strays(members, by_last_dot, by_last_dot)
+    if len(others) < len(strays):
+        samples, strays = by_last_dot, others
+    dotted = [name for name in strays if "." in Path(name).stem]
+    if dotted:
+        raise ValueError(
+            f"{path}: {len(dotted)} members with further dots in their names belong to no sample, such as "
+            f"{show(dotted[0])}. Names are read up to the first dot, or up to the last: give each image and its "
+            "captions one name without dots."
+        )
     rows = []
     with path.open("rb") as file:
         for key, parts in samples.items():
             ending = next((each for each in IMAGE_ENDINGS if each in parts), None)
-            if ending or {".txt", ".json"} & set(parts):
+            if ending or set(CAPTION_ENDINGS) & set(parts):
                 image = _read_at(file, *parts[ending]) if ending else None
                 split = split_of_name(path) or "train"
                 captions = _tar_captions(file, parts, path, key)
@@ -435,18 +594,58 @@ def read_webdataset(path):
     return Source(path, path, rows)
 
 
+def _webdataset_samples(path, members, *, at_last_dot=False):
+    """Key -> its members by ending, as (offset, size)."""
+    samples = {}
+    for name, offset, size in members:
+        key, ending = _key_and_ending(name, at_last_dot)
+        parts = samples.setdefault(key, {})
+        if ending in parts:
+            raise ValueError(f"{path} holds {show(name)} twice, and which of the two is meant is not known.")
+        parts[ending] = (offset, size)
+    return samples
+
+
+def _key_and_ending(name, at_last_dot):
+    folder, slash, base = name.rpartition("/")
+    stem, _, ending = base.rpartition(".") if at_last_dot else base.partition(".")
+    return f"{folder}{slash}{stem}", f".{ending.lower()}"
+
+
+def _strays(members, samples, by_last_dot):
+    """Images without captions, captions without an image, and what would be a sample if its last dot counted."""
+    strays = []
+    for name, _, _ in members:
+        key, last = _key_and_ending(name, True)
+        parts = samples[key if samples is by_last_dot else _key_and_ending(name, False)[0]]
+        own = samples is by_last_dot or key in samples or not _is_sample(by_last_dot[key])
+        if last in (*IMAGE_ENDINGS, *CAPTION_ENDINGS) and not (own and _is_sample(parts)):
+            strays.append(name)
+    return strays
+
+
+def _is_sample(parts):
+    return any(each in parts for each in IMAGE_ENDINGS) and any(each in parts for each in CAPTION_ENDINGS)
+
+
 def _tar_captions(file, parts, path, key):
     if ".txt" in parts:
-        return _read_at(file, *parts[".txt"]).decode("utf-8", "replace").splitlines()
+        content = _read_at(file, *parts[".txt"])
+        try:
+            return [line for line in content.decode("utf-8-sig").splitlines()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: {key}.txt is not UTF-8 text ({error}). Write it as UTF-8.") from error
     if ".json" not in parts:
         return []
     try:
         record = json.loads(_read_at(file, *parts[".json"]))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {key}.json is not JSON: {error}.") from error
+    if isinstance(record, list):
+        record = {"captions": record}
     if not isinstance(record, dict) or not set(CAPTION_COLUMNS) & set(record):
         raise ValueError(f"{path}: {key}.json must have one of {', '.join(CAPTION_COLUMNS)}; found {show(record)}.")
-    return _captions(record, [next(name for name in CAPTION_COLUMNS if name in record)])
+    return _captions(record, [next(name for name in CAPTION_COLUMNS if name in record)])[0]
 
 
 def _read_at(file, offset, size):

@@ -14,7 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from ieft.data.builders import FEATURES, make_example
 from ieft.data.images import read_picture
 from ieft.data.invalid_examples import MISSING, BadRow, BadRowsError, describe, make_bad_rows, usable_rows
-from ieft.data.sources import SPLIT_NAMES, table_source
+from ieft.data.locate import SPLIT_NAMES
+from ieft.data.sources import split_of_value, table_source
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +84,19 @@ def stream_hub_dataset(name, columns, *, image_fault, on_bad_rows, bands=None, *
     streams = load_from_hub(name, streaming=True, **options)
     ways = {}
     for split, stream in streams.items():
-        if split not in SPLIT_NAMES:
+        if split_of_value(split) is None:
             raise ValueError(f"{name}: split {split!r} is not one of {', '.join(SPLIT_NAMES)}.")
         for column, feature in (stream.features or {}).items():
             if isinstance(feature, datasets.Image):
                 stream = stream.cast_column(column, datasets.Image(decode=False))
-        ways[SPLIT_NAMES[split]] = (_checked_records, stream, (name, split, columns), image_fault, on_bad_rows, bands)
+        ways[split_of_value(split)] = (
+            _checked_records,
+            stream,
+            (name, split, columns),
+            image_fault,
+            on_bad_rows,
+            bands,
+        )
     return _as_streams(ways)
 
 
@@ -109,7 +117,7 @@ def _run(way):
 
 def _checked_rows(rows, source, image_fault, on_bad_rows, bands):
     for number, row in enumerate(rows):
-        reason = MISSING if row["image"] is None else image_fault(row["image"], bands=bands)
+        reason = row.get("missing", MISSING) if row["image"] is None else image_fault(row["image"], bands=bands)
         if reason:
             _leave_out(make_bad_rows(number, row, [reason], "image and captions"), source, on_bad_rows)
         else:

@@ -1,0 +1,264 @@
+"""A prepared dataset on disk and on the Hub: parquet shards, a card, and a list of what was left out.
+
+A folder or repository that holds anything else is refused before any work. A folder that is being prepared names the
+run that it is of, so that the same run goes on after an interruption, and another one does not replace it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from datasets.table import embed_table_storage
+from filelock import FileLock
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+
+MANIFEST = ".sources"
+LOCK = ".lock"
+UNFINISHED = ".unfinished"
+ROWS_IN_A_SHARD = 5000
+OWN_FILES = ("README.md", "bad_rows.json", "report.txt", "report.json", "report.png")
+REPLACE = "Choose another --output_dir, or pass --overwrite to replace them."
+
+
+class PreparedFolder:
+    """The output folder of one run.
+
+    Args:
+        folder: made when something is written.
+        run: what the run prepares, as text: a run is the same run if this is.
+    """
+
+    def __init__(self, folder, run):
+        self.folder = Path(folder)
+        self.run = hashlib.sha256(run.encode()).hexdigest()
+
+    def check(self):
+        """Refuse a folder that holds what this run did not make. Nothing in it is touched.
+
+        Raises:
+            ValueError: that names what is there, and the option to pass.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file: --output_dir must be a folder.")
+        present = self._present()
+        if not present:
+            return
+        manifest = self._manifest()
+        if manifest is None:
+            raise ValueError(
+                f"{self.folder} holds files that this command did not make ({_shown(present)}). Nothing was changed. "
+                f"{REPLACE}"
+            )
+        foreign = [name for name in present if name.startswith("data/") and name not in manifest["files"]]
+        edited = [
+            name for name, mark in manifest["files"].items() if name in present and _mark(self.folder / name) != mark
+        ]
+        if foreign or edited:
+            what = "were added to it" if foreign else "were edited"
+            raise ValueError(
+                f"{self.folder} is a prepared dataset, and files of it {what} since ({_shown(foreign or edited)}). "
+                f"Nothing was changed. {REPLACE}"
+            )
+        own = [name for name in present if name in OWN_FILES and name not in manifest["files"]]
+        if own:
+            raise ValueError(
+                f"{self.folder} holds files that this command did not make ({_shown(own)}). Nothing was changed. "
+                f"{REPLACE}"
+            )
+        begun = manifest["complete"] or any(name.startswith("data/") for name in present)
+        if begun and manifest["run"] not in (None, self.run):
+            raise ValueError(
+                f"{self.folder} holds the dataset of another run: another source, or other options. Nothing was "
+                f"changed. {REPLACE}"
+            )
+
+    def start(self, *, overwrite=False):
+        """Name the folder as that of this run, before anything else is written in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        manifest = self._manifest() or {"files": {}}
+        if overwrite:
+            known = {name: _mark(self.folder / name) for name in self._present() if _is_own(name)}
+            manifest = {"files": known, "complete": manifest.get("complete")}
+        self._save({"complete": None} | manifest | {"run": self.run})
+
+    def is_complete(self):
+        """Whether the folder holds a whole dataset."""
+        return bool((self._manifest() or {}).get("complete"))
+
+    def lock(self):
+        """Two processes that write one folder do so one after the other."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / LOCK)
+
+    def write(self, name, content):
+        """A text file of this run: it is whole or not there, and known as the run's own."""
+        self.record(name, content if isinstance(content, bytes) else content.encode())
+
+    def record(self, name, content=None):
+        """Note a file as the run's own; with `content`, write it first."""
+        path = self.folder / name
+        if content is not None:
+            unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+            unfinished.write_bytes(content)
+            unfinished.replace(path)
+        manifest = self._manifest() or {"run": self.run, "files": {}, "complete": None}
+        manifest["files"][name] = _mark(path)
+        self._save(manifest)
+
+    def save(self, splits, *, title, bad_rows=(), overwrite=False):
+        """Write shards and card, unless the folder holds these very splits.
+
+        Returns:
+            bool: whether anything was written.
+
+        Raises:
+            ValueError: where the folder holds other splits, since the source was edited.
+        """
+        key = " ".join([*splits, *(split._fingerprint for split in splits.values())])
+        with self.lock():
+            manifest = self._manifest() or {"files": {}, "complete": None}
+            shards = [name for name in manifest["files"] if name.startswith("data/")]
+            whole = all((self.folder / name).is_file() for name in shards)
+            if manifest["complete"] == key and whole and not overwrite:
+                return False
+            if manifest["complete"] and manifest["complete"] != key and not overwrite:
+                raise ValueError(
+                    f"{self.folder} holds splits of other rows: the source or its images were edited since. Nothing "
+                    f"was changed. {REPLACE}"
+                )
+            self._write_shards(splits)
+            self.write("README.md", dataset_card(splits, title, bad_rows))
+            manifest = self._manifest()
+            self._save(manifest | {"run": self.run, "complete": key})
+        return True
+
+    def _write_shards(self, splits):
+        """All shards appear at once: a run that is killed leaves the old ones or none."""
+        unfinished, data = self.folder / UNFINISHED, self.folder / "data"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        for name, split in splits.items():
+            count = -(-len(split) // ROWS_IN_A_SHARD)
+            for number in range(count):
+                table = split.shard(count, number, contiguous=True).with_format("arrow")
+                table = table.map(embed_table_storage, batched=True, batch_size=200, keep_in_memory=True)
+                table.to_parquet(unfinished / f"{name}-{number:05d}-of-{count:05d}.parquet", batch_size=200)
+        manifest = self._manifest() or {"run": self.run, "files": {}}
+        others = {name: mark for name, mark in manifest["files"].items() if not name.startswith("data/")}
+        new = {f"data/{path.name}": _mark(path) for path in sorted(unfinished.iterdir())}
+        self._save(manifest | {"complete": None, "files": manifest["files"] | new})
+        for path in data.glob("*.parquet"):
+            path.unlink()
+        data.mkdir(exist_ok=True)
+        for path in sorted(unfinished.iterdir()):
+            path.replace(data / path.name)
+        unfinished.rmdir()
+        self._save(manifest | {"complete": None, "files": others | new})
+
+    def check_remote(self, repo_id):
+        """Refuse a repository on the Hub that holds what this run did not push.
+
+        Raises:
+            ValueError: that says what to do.
+        """
+        api = HfApi()
+        try:
+            files = set(api.list_repo_files(repo_id, repo_type="dataset")) - {".gitattributes"}
+        except RepositoryNotFoundError:
+            return
+        if not files:
+            return
+        run = None
+        if MANIFEST in files:
+            path = api.hf_hub_download(repo_id, MANIFEST, repo_type="dataset")
+            run = _read_manifest(Path(path)).get("run")
+        if run != self.run:
+            raise ValueError(
+                f"{repo_id} on the Hub holds files that this run did not push ({_shown(sorted(files))}). Nothing was "
+                "changed. Push to another repository, or pass --overwrite to replace its dataset."
+            )
+
+    def push(self, repo_id, *, private=None):
+        """The files of this run as one commit on the Hub, in place of what `data` held: the URL of the commit."""
+        api = HfApi()
+        repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+        names = [*self._manifest()["files"], MANIFEST]
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=self.folder,
+            allow_patterns=names,
+            delete_patterns=["data/*", *OWN_FILES],
+        )
+        return commit.commit_url
+
+    def _present(self):
+        """Files of the folder, without what the file system and this class keep for themselves."""
+        if not self.folder.is_dir():
+            return []
+        names = (path.relative_to(self.folder).as_posix() for path in sorted(self.folder.rglob("*")) if path.is_file())
+        hidden = (MANIFEST, LOCK, f"{UNFINISHED}/", ".DS_Store")
+        return [name for name in names if not name.startswith(hidden)]
+
+    def _manifest(self):
+        path = self.folder / MANIFEST
+        return _read_manifest(path, self.folder) if path.is_file() else None
+
+    def _save(self, manifest):
+        unfinished = self.folder / f"{MANIFEST}.{os.getpid()}"
+        unfinished.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(self.folder / MANIFEST)
+
+
+def _read_manifest(path, folder=None):
+    """What a manifest says; that of earlier versions is the key of the splits alone."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        manifest = json.loads(text)
+        if {"run", "files", "complete"} <= set(manifest):
+            return manifest
+    except ValueError:
+        pass
+    names = [f"data/{each.name}" for each in (folder / "data").glob("*.parquet")] if folder else []
+    names += [name for name in OWN_FILES if folder and (folder / name).is_file()]
+    return {"run": None, "complete": text.strip(), "files": {name: _mark(folder / name) for name in names}}
+
+
+def _mark(path):
+    """What tells an edited file: the hash of a small one, the size of a shard."""
+    if path.suffix == ".parquet":
+        return path.stat().st_size
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_own(name):
+    return name in OWN_FILES or (name.startswith("data/") and name.endswith(".parquet"))
+
+
+def _shown(names):
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def dataset_card(splits, title, bad_rows=()):
+    """The page of a prepared dataset, with the metadata that tells its splits."""
+    files = [{"split": name, "path": f"data/{name}-*"} for name in splits]
+    metadata = DatasetCardData(
+        task_categories=["image-to-text", "zero-shot-image-classification"],
+        tags=["remote-sensing", "image-text-retrieval"],
+        configs=[{"config_name": "default", "data_files": files}],
+    )
+    sizes = "\n".join(
+        f"| {name} | {len(split):,} | {sum(map(len, split['captions'])):,} |" for name, split in splits.items()
+    )
+    left_out = f"\n{len(bad_rows)} faults were left out; `bad_rows.json` lists them.\n" if bad_rows else ""
+    return str(
+        DatasetCard(
+            f"---\n{metadata.to_yaml()}\n---\n\n# {title}\n\nImages and their captions, prepared for image-text "
+            f"retrieval with IEFT.\n\n| split | images | captions |\n| --- | --- | --- |\n{sizes}\n{left_out}\n"
+            "Columns: `image`, `filename`, `captions` (a list of sentences). The licence is that of the images and "
+            "captions it was made from.\n"
+        )
+    )
