@@ -409,6 +409,12 @@ def load_processor(folder, config, *, tokenizer=None, fit=None):
             f"No tokenizer could be had from {place!r}. Pass --tokenizer with a folder that holds BERT's uncased "
             "vocabulary (vocab.txt or tokenizer.json), or a Hub id that can be reached."
         ) from error
+    special = len(vocabulary.all_special_tokens)
+    if len(vocabulary) <= special:  # what transformers makes where it finds no vocabulary
+        raise OSError(
+            f"No tokenizer could be had from {place!r}: no vocabulary was found there. Pass --tokenizer with a folder "
+            "that holds BERT's uncased vocabulary (vocab.txt or tokenizer.json), or a Hub id that can be reached."
+        )
     if len(vocabulary) != config.vocab_size:
         raise ValueError(
             f"The network has embeddings for {config.vocab_size} tokens, the tokenizer from {place!r} has "

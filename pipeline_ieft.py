@@ -1,11 +1,21 @@
 """The transformers pipeline "image-text-retrieval": ranking captions for an image, or images for a caption."""
 
+import os
+
+from PIL import Image
 from transformers import Pipeline
 
 try:
-    from .ranking_ieft import find_processor, rank_candidates
+    from .ranking_ieft import CANDIDATES_AT_ONCE, find_processor, rank_candidates
 except ImportError:  # imported from the clone or the wheel, where these files are top-level modules
-    from ranking_ieft import find_processor, rank_candidates
+    from ranking_ieft import CANDIDATES_AT_ONCE, find_processor, rank_candidates
+
+
+def _is_one_query(query):
+    """Whether it is one image or caption, not several: an array of images has four dimensions."""
+    if isinstance(query, str | os.PathLike | Image.Image):
+        return True
+    return getattr(query, "ndim", 4) < 4
 
 
 class ImageTextRetrievalPipeline(Pipeline):
@@ -16,23 +26,44 @@ class ImageTextRetrievalPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
-    def __call__(self, image_or_caption, candidates, top_k=None):
-        """Arguments, errors and what comes back as `rank_candidates`."""
-        return super().__call__({"query": image_or_caption, "candidates": candidates}, top_k=top_k)
+    def __call__(self, image_or_caption, candidates, *, top_k=None, batch_size=None):
+        """Rank candidates for one query, or for each of several.
+
+        Args:
+            image_or_caption: as `rank_candidates` takes a query; a list, dataset or generator of queries gives one
+                ranking for each, over all candidates.
+            candidates: captions for an image, images for a caption.
+            top_k: how many of the best to give; None for all.
+            batch_size: candidates that are encoded at once.
+
+        Returns:
+            list: as `rank_candidates` gives it; of several queries, a list of them.
+
+        Raises:
+            ValueError: as `rank_candidates`.
+        """
+        at_once = batch_size or self._batch_size or CANDIDATES_AT_ONCE
+        options = {"top_k": top_k, "candidates_at_once": at_once}
+        if _is_one_query(image_or_caption):
+            return super().__call__({"query": image_or_caption, "candidates": candidates}, **options)
+        candidates = list(candidates) if not isinstance(candidates, str) else candidates
+        return [super(ImageTextRetrievalPipeline, self).__call__({"query": query, "candidates": candidates}, **options)
+                for query in image_or_caption]  # fmt: skip
 
     def save_pretrained(self, save_directory, **kwargs):
         """The whole checkpoint: weights, code and processor."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
 
-    def _sanitize_parameters(self, top_k=None):
-        return {}, {} if top_k is None else {"top_k": top_k}, {}
+    def _sanitize_parameters(self, top_k=None, candidates_at_once=None):
+        options = {"top_k": top_k, "candidates_at_once": candidates_at_once}
+        return {}, {name: value for name, value in options.items() if value is not None}, {}
 
     def preprocess(self, inputs):
         return inputs  # images are opened as they are scored, so that many never lie in memory at once
 
-    def _forward(self, inputs, top_k=None):
-        return rank_candidates(self.model, self.processor, inputs["query"], inputs["candidates"], top_k=top_k)
+    def _forward(self, inputs, **options):
+        return rank_candidates(self.model, self.processor, inputs["query"], inputs["candidates"], **options)
 
     def postprocess(self, ranked):
         return ranked

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs
 from transformers.utils import logging
 
 try:
@@ -137,27 +138,57 @@ def array_to_rgb(array):
 
 
 class IeftImageProcessor(BaseImageProcessor):
-    """Any image as a square tensor in [-1, 1], resized by bicubic interpolation.
+    """Any image as a square tensor, by default resized by bicubic interpolation and in [-1, 1].
 
     Args:
-        image_size: side of the output, in pixels.
-        fit: what becomes of an image that is not square. "crop" resizes its shorter side to `image_size` and keeps the
+        image_size: side of the output, in pixels; the same as `size={"height": image_size, "width": image_size}`.
+        fit: how an image that is not square is resized. "crop" resizes its shorter side to `image_size` and keeps the
             centre; "squash" resizes both sides and keeps everything, out of proportion.
+        do_resize, do_rescale, rescale_factor, do_normalize, image_mean, image_std: as in transformers' own image
+            processors: resize; multiply bytes by the factor; subtract the mean and divide by the deviation.
+
+    Each can also be given to a call, for that call alone.
     """
 
     model_input_names = ["pixel_values"]
 
-    def __init__(self, image_size=384, fit="crop", **kwargs):
+    def __init__(
+        self, image_size=None, fit="crop", *, size=None, do_resize=True, do_rescale=True, rescale_factor=1 / 255,
+        do_normalize=True, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5), **kwargs,
+    ):  # fmt: skip
         shadowed = [name for name in kwargs if name.startswith("__") or callable(getattr(type(self), name, None))]
         if shadowed:
             raise ValueError(f"{shadowed[0]!r} cannot be set: it is a part of IeftImageProcessor.")
         super().__init__(**kwargs)
+        sides = {_side(each) for each in (image_size, size) if each is not None} or {384}
+        if len(sides) > 1:
+            raise ValueError(f"image_size and size must agree; got {image_size!r} and {size!r}.")
+        side = sides.pop()
+        self.size = {"height": side, "width": side}
+        self.do_resize, self.do_rescale, self.do_normalize = do_resize, do_rescale, do_normalize
+        self.rescale_factor, self.image_mean, self.image_std = rescale_factor, list(image_mean), list(image_std)
+        self.fit = fit
+        self._check(fit=fit, image_mean=image_mean, image_std=image_std)
+
+    @property
+    def image_size(self):
+        """Side of the output, in pixels."""
+        return self.size["height"]
+
+    @image_size.setter
+    def image_size(self, side):
+        side = _side(side)
+        self.size = {"height": side, "width": side}
+
+    @staticmethod
+    def _check(*, fit, image_mean, image_std, **_):
         if fit not in FITS:
             raise ValueError(f"fit must be one of {', '.join(FITS)}; got {fit!r}.")
-        if type(image_size) is not int or not 0 < image_size <= MAX_SIDE:
-            raise ValueError(f"image_size must be a whole number from 1 to {MAX_SIDE:,}; got {image_size!r}.")
-        self.image_size = image_size
-        self.fit = fit
+        for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+            if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
+                raise ValueError(f"{name} must be three numbers; got {values!r}.")
+        if 0 in image_std:
+            raise ValueError(f"image_std must not hold 0; got {image_std!r}.")
 
     @classmethod
     def from_pretrained(cls, source, *args, **kwargs):
@@ -175,15 +206,26 @@ class IeftImageProcessor(BaseImageProcessor):
     def preprocess(self, images, return_tensors="pt", **kwargs):
         """One image or a list: PIL, arrays, tensors, paths or URLs.
 
+        Args:
+            kwargs: any of the settings above, for this call alone.
+
         Returns:
-            BatchFeature: `pixel_values` (I, 3, image_size, image_size) float32 in [-1, 1].
+            BatchFeature: `pixel_values` (I, 3, image_size, image_size) float32, in [-1, 1] by default.
         """
-        if kwargs:
-            raise ValueError(f"Unknown options {sorted(kwargs)}: image_size and fit are set at creation.")
+        names = ("size", "fit", "do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        unknown = sorted(kwargs.keys() - set(names))
+        if unknown:
+            raise ValueError(f"There is no option {', '.join(unknown)}; there are {', '.join(names)}.")
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        settings = {name: getattr(self, name) for name in names} | given
+        self._check(**settings)
         if isinstance(images, list | tuple) and not images:
             raise ValueError("At least one image expected; got an empty list.")
         images = make_flat_list_of_images(self.fetch_images(images))
-        return BatchFeature({"pixel_values": np.stack([self._to_array(image) for image in images])}, return_tensors)
+        pixels = [self._to_array(image, settings) for image in images]
+        if len({each.shape for each in pixels}) > 1:
+            raise ValueError("Images of different sizes cannot be one tensor: leave do_resize on.")
+        return BatchFeature({"pixel_values": np.stack(pixels)}, return_tensors)
 
     def fetch_images(self, images):
         """Paths, URLs and base64 as PIL RGB by `open_picture`; anything else as it is."""
@@ -191,22 +233,54 @@ class IeftImageProcessor(BaseImageProcessor):
             return [self.fetch_images(image) for image in images]
         return open_picture(_fetch(images)) if isinstance(images, str) else super().fetch_images(images)
 
-    def _to_array(self, image):
+    def _to_array(self, image, settings):
         rgb = to_rgb(image) if isinstance(image, Image.Image) else array_to_rgb(image)
-        return self.scale_pixels(np.asarray(self.fit_square(rgb)))
+        if settings["do_resize"]:
+            rgb = fit_square(rgb, _side(settings["size"]), settings["fit"])
+        return scale_pixels(np.asarray(rgb), settings)
 
     def scale_pixels(self, square):
-        """uint8 (image_size, image_size, 3) -> float32 (3, image_size, image_size) in [-1, 1]."""
-        return np.ascontiguousarray(square.transpose(2, 0, 1), dtype=np.float32) / 127.5 - 1.0
+        """uint8 (image_size, image_size, 3) -> float32 (3, image_size, image_size), in [-1, 1] by default."""
+        return scale_pixels(square, vars(self))
 
     def fit_square(self, image):
-        """A PIL RGB image at `image_size` by `image_size`, by the processor's policy."""
-        square = (self.image_size, self.image_size)
-        if image.size == square:
-            return image
-        if self.fit == "squash":
-            return image.resize(square, Image.Resampling.BICUBIC)
-        return ImageOps.fit(image, square, Image.Resampling.BICUBIC)
+        """A PIL RGB image at `image_size` by `image_size`, by the processor's `fit`."""
+        return fit_square(image, self.image_size, self.fit)
+
+
+def _side(size):
+    """The side of a square that `image_size` or `size` names: a whole number, or {"height": 384, "width": 384}."""
+    sides = set(size.values()) if isinstance(size, dict) and size.keys() == {"height", "width"} else {size}
+    side = sides.pop() if len(sides) == 1 and not isinstance(size, list | set) else None
+    if type(side) is not int or not 0 < side <= MAX_SIDE:
+        raise ValueError(
+            f"image_size must be a whole number from 1 to {MAX_SIDE:,}, or size a square such as "
+            f'{{"height": 384, "width": 384}}; got {size!r}.'
+        )
+    return side
+
+
+def fit_square(image, side, fit):
+    """A PIL RGB image at `side` by `side`: cut ("crop") or out of proportion ("squash")."""
+    if image.size == (side, side):
+        return image
+    if fit == "squash":
+        return image.resize((side, side), Image.Resampling.BICUBIC)
+    return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+
+
+def scale_pixels(pixels, settings):
+    """uint8 (H, W, 3) -> float32 (3, H, W), rescaled and normalised as an image processor's settings say."""
+    pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+    names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+    if [settings[name] for name in names] == [True, 1 / 255, True, [0.5] * 3, [0.5] * 3]:
+        return pixels / 127.5 - 1.0  # ViLT's; the same as below but for rounding
+    if settings["do_rescale"]:
+        pixels = pixels * np.float32(settings["rescale_factor"])
+    if settings["do_normalize"]:
+        mean, std = (np.array(settings[name], np.float32)[:, None, None] for name in ("image_mean", "image_std"))
+        pixels = (pixels - mean) / std
+    return pixels
 
 
 def check_text(captions):
@@ -226,6 +300,15 @@ def check_text(captions):
             )
 
 
+class IeftImagesKwargs(ImagesKwargs, total=False):
+    fit: str
+
+
+class IeftProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: IeftImagesKwargs
+    _defaults = {"text_kwargs": {"padding": True, "truncation": True, "return_token_type_ids": False}}
+
+
 class IeftProcessor(ProcessorMixin):
     """A BERT tokenizer and an `IeftImageProcessor`.
 
@@ -242,33 +325,51 @@ class IeftProcessor(ProcessorMixin):
         self.max_caption_tokens = max_caption_tokens
         super().__init__(image_processor, tokenizer, **kwargs)
 
-    def __call__(self, images=None, text=None, *, padding=True, return_tensors="pt", **kwargs):
+    def __call__(self, images=None, text=None, *, return_tensors="pt", **kwargs):
         """Images, captions, or both.
 
         Args:
             images: one image or a list, as `IeftImageProcessor.preprocess` takes them.
             text: one caption or a list.
-            padding: True pads to the longest caption given; "max_length" to `max_caption_tokens`.
+            kwargs: options of the tokenizer (`padding`, by default to the longest caption given; `truncation`, by
+                default on; `max_length`, by default `max_caption_tokens`; ...) and of the image processor, as
+                transformers' processors take them: side by side, or in `text_kwargs` and `images_kwargs`.
 
         Returns:
             BatchFeature: `pixel_values` (I, 3, image_size, image_size), `input_ids` and `attention_mask` (C, L).
         """
         if images is None and text is None:
             raise ValueError("Images, captions (`text`) or both expected; got neither.")
+        options = self._options(kwargs)
         data = {}
         if text is not None:
             text = [text] if isinstance(text, str) else list(text)
             check_text(text)
-            encoding = self.tokenizer(
-                text, padding=padding, truncation=True, max_length=self.max_caption_tokens,
-                return_token_type_ids=False, **kwargs,
-            )  # fmt: skip
+            encoding = self.tokenizer(text, **{"max_length": self.max_caption_tokens} | options["text_kwargs"])
             if any(caption.overflowing for caption in encoding.encodings or ()):
                 logger.warning_once(f"Captions longer than {self.max_caption_tokens} tokens are cut there.")
             data.update(encoding)
         if images is not None:
-            data.update(self.image_processor(images, return_tensors="np"))
+            data.update(self.image_processor(images, return_tensors="np", **options["images_kwargs"]))
         return BatchFeature(data, return_tensors)
+
+    def _options(self, kwargs):
+        """The options of tokenizer and image processor among a call's keyword arguments.
+
+        Raises:
+            ValueError: for one that neither has.
+        """
+        groups = {"text_kwargs": TextKwargs, "images_kwargs": IeftImagesKwargs}
+        known = {name for group in groups.values() for name in group.__annotations__} - {"return_tensors"}
+        nested = {name for group in groups for name in kwargs.get(group) or ()}
+        unknown = sorted((kwargs.keys() - groups.keys() | nested) - known)
+        if unknown:
+            raise ValueError(f"There is no option {', '.join(unknown)}; there are {', '.join(sorted(known))}.")
+        merged = self._merge_kwargs(IeftProcessorKwargs, **kwargs)
+        return {
+            group: {name: value for name, value in merged[group].items() if name != "return_tensors"}
+            for group in groups
+        }
 
 
 # A processor finds the class of its image processor through this table. Whatever backend is asked for, PIL works.

@@ -135,7 +135,7 @@ def evaluation_mode(model):
             module.training = training
 
 
-def rank_candidates(model, processor, query, candidates, *, top_k=None):
+def rank_candidates(model, processor, query, candidates, *, top_k=None, candidates_at_once=CANDIDATES_AT_ONCE):
     """Candidates by their matching score with the query, best first; equal scores keep their order.
 
     Args:
@@ -143,21 +143,29 @@ def rank_candidates(model, processor, query, candidates, *, top_k=None):
         candidates: captions for an image, images for a caption. A string counts as an image where it is a URL or
             names a file.
         top_k: how many to return; None returns all.
+        candidates_at_once: how many are encoded in one batch.
 
     Returns:
         list: `{"image" or "caption": as given, "score": any real number, "rank": from 1}`.
 
     Raises:
-        ValueError: without candidates, for `top_k` below 1, or where captions meet captions or images meet images.
+        ValueError: without candidates, for several queries, for `top_k` below 1, or where captions meet captions or
+            images meet images.
     """
+    if isinstance(query, list | tuple | dict | set):
+        raise ValueError(f"One image or caption expected as the query; got a {type(query).__name__} of {len(query)}.")
     if isinstance(candidates, str | os.PathLike) or not len(candidates):
         raise ValueError(f"A list of at least one candidate expected; got {candidates!r}.")
+    if any(isinstance(candidate, list | tuple | dict | set) for candidate in candidates):
+        raise ValueError("Each candidate must be one caption or one image; got a list among them.")
+    if candidates_at_once < 1:
+        raise ValueError(f"batch_size must be 1 or more; got {candidates_at_once}.")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be 1 or more, or None for all candidates; got {top_k}.")
     kind = _kind_of(query, candidates)
     score = _score_captions if kind == "caption" else _score_images
     with evaluation_mode(model), torch.no_grad():
-        scores = score(model, processor, query, list(candidates)).float()
+        scores = score(model, processor, query, list(candidates), candidates_at_once).float()
     best = scores.argsort(descending=True, stable=True)[:top_k].tolist()
     return [{kind: candidates[row], "score": scores[row].item(), "rank": rank} for rank, row in enumerate(best, 1)]
 
@@ -185,23 +193,23 @@ def _name_kind(query):
     return "the image" if _is_image(query) else "the caption"
 
 
-def _score_captions(model, processor, image, captions):
+def _score_captions(model, processor, image, captions, at_once):
     """One image with each caption, the image read once: (C,) scores."""
     prepared = model.prepare_images(_pixels(model, processor, [image]))
     scores = []
-    for first in range(0, len(captions), CANDIDATES_AT_ONCE):
-        tokens = processor(text=captions[first : first + CANDIDATES_AT_ONCE]).to(model.device)
+    for first in range(0, len(captions), at_once):
+        tokens = processor(text=captions[first : first + at_once]).to(model.device)
         prepared_captions = model.prepare_captions(tokens["input_ids"], tokens["attention_mask"])
         scores.append(model.score_prepared(prepared_captions, prepared))
     return torch.cat(scores)
 
 
-def _score_images(model, processor, caption, images):
+def _score_images(model, processor, caption, images, at_once):
     """One caption with each image, the caption read once: (I,) scores."""
     prepared = model.prepare_captions(processor(text=[caption])["input_ids"].to(model.device))
     scores = []
-    for first in range(0, len(images), CANDIDATES_AT_ONCE):
-        pixels = _pixels(model, processor, images[first : first + CANDIDATES_AT_ONCE])
+    for first in range(0, len(images), at_once):
+        pixels = _pixels(model, processor, images[first : first + at_once])
         scores.append(model.score_prepared(prepared, model.prepare_images(pixels)))
     return torch.cat(scores)
 

@@ -3,9 +3,9 @@
     python run_retrieval.py --dataset_name scenes --output_dir outputs/scenes
     accelerate launch run_retrieval.py --dataset_name rsicd --data_dir RSICD --model_name_or_path dandelin/vilt-b32-mlm
 
-In: a dataset by name or folder, and optionally a checkpoint. Out, in `--output_dir`: the model and its processor,
-`test_results.json`, `all_results.json`, `ranked.png` and `training.png`, and a table on the screen. Every option can
-also stand in a JSON file, given as the only argument. How a network works and what a dataset is made of is not known.
+Training writes the model and its processor, results, figures and a model card to `--output_dir`. With `--do_eval` or
+`--do_predict` alone a trained model is evaluated: that of `--model_name_or_path`, or the one in `--output_dir`. Every
+option can also stand in a JSON or YAML file, given as the only argument.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ import datasets
 import torch
 import transformers
 from datasets import concatenate_datasets
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, PretrainedConfig, set_seed
 
 from configuration_ieft import IeftConfig
 from convert_checkpoint import load_any_checkpoint
@@ -30,11 +31,12 @@ from ieft.data.invalid_examples import BadRowsError, save_bad_rows
 from ieft.evaluation.report import ranked_sheet, recall_table, training_curves, two_stage_table
 from ieft.evaluation.two_stage import choose_similarity_weight, compare_stages, make_shortlists
 from ieft.hub import push_folder, write_model_card
-from ieft.training.checkpoints import explained_if_not_written, find_damage, find_last_checkpoint, write_json
+from ieft.training.checkpoints import explained_if_not_written, write_json
 from ieft.training.distillation import check_teacher
 from ieft.training.distributed import leave_processes
-from ieft.training.items import EvaluationSet, TrainingItems, learn_tokenizer
-from ieft.training.settings import read_settings, refuse_settings
+from ieft.training.items import AUGMENTATIONS, NEGATIVES, EvaluationSet, TrainingItems, learn_tokenizer
+from ieft.training.output_folder import OutputFolder
+from ieft.training.settings import SETTINGS_ENDINGS, read_settings, refuse_settings
 from ieft.training.trainer import IeftTrainer, IeftTrainingArguments
 from modeling_ieft import IeftForImageTextRetrieval
 from prepare_datasets import load_and_check, load_lazily
@@ -85,13 +87,42 @@ TINY_RECIPE = {
     "num_negatives": 10,
     "groups_per_step": 1,
 }
+SYNTHETIC = ("scenes", "twins")
+TINY_WIDTH = 128  # a checkpoint up to this width trains by the tiny recipe
 DATASET_RECIPES = {
-    "scenes": {"network": "tiny"},
-    "twins": {"network": "tiny"},
     "sydney": {"per_device_train_batch_size": 512, "num_train_epochs": 100},
     "ucm": {"num_train_epochs": 100},
 }
 STAGES = ("do_train", "do_eval", "do_predict")
+# Options that decide what training computes: a resumed run must repeat them.
+DECIDES_TRAINING = (
+    "model_name_or_path", "network", "first_joint_layer", "teacher", "fit", "enhancement_layers", "contrastive_dim",
+    "dataset_name", "data_dir", "image_column", "caption_column", "bands", "protocol", "on_bad_rows",
+    "max_train_samples", "max_eval_samples", "negatives", "augmentation", "num_negatives", "contrastive_weight",
+    "ranking_start", "mining_start", "batches", "groups_per_step", "distillation_weight", "seed", "learning_rate",
+    "per_device_train_batch_size", "num_train_epochs", "max_steps", "warmup_steps",
+    "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim",
+    "bf16", "fp16",
+)  # fmt: skip
+# Options that decide what an evaluation computes: its results replace only their own.
+DECIDES_EVALUATION = (
+    "model_name_or_path", "dataset_name", "data_dir", "image_column", "caption_column", "bands", "protocol",
+    "on_bad_rows", "max_eval_samples", "max_predict_samples",
+)  # fmt: skip
+# Options -> the stages of which one has to run, or they would be ignored.
+NEEDED_STAGES = {
+    "teacher": ("do_train",),
+    "enhancement_layers": ("do_train",),
+    "max_train_samples": ("do_train",),
+    "max_eval_samples": ("do_train", "do_eval"),
+    "max_predict_samples": ("do_predict",),
+    "rerank_top_k": ("do_predict",),
+    "eval_datasets": ("do_predict",),
+    "network": ("do_train",),
+    "contrastive_dim": ("do_train",),
+}
+ABOUT_ONE_COLLECTION = ("data_dir", "image_column", "caption_column")
+ABOUT_COLLECTIONS = ("bands", "streaming", "on_bad_rows")  # of `--eval_datasets` too
 SHOWN_ON_THE_CARD = (
     "learning_rate", "per_device_train_batch_size", "world_size", "num_train_epochs", "max_steps", "num_negatives",
     "negatives", "augmentation", "contrastive_weight", "seed",
@@ -128,7 +159,11 @@ class ModelArguments:
         },
     )
     fit: str | None = field(
-        default=None, metadata={"help": "Images that are not square: crop (default) or squash, or as the checkpoint."}
+        default=None,
+        metadata={
+            "help": "Images that are not square: crop (default) or squash, or as the checkpoint.",
+            "choices": ["crop", "squash"],
+        },
     )
     enhancement_layers: list[int] | None = field(
         default=None,
@@ -169,6 +204,20 @@ class DataArguments:
         metadata={"help": "Read images where they are whenever they are used, and copy none: for what is larger than "
                           "the disk. Not for datasets on the Hub."},
     )  # fmt: skip
+    negatives: str = field(
+        default="distinct",
+        metadata={
+            "help": "distinct: never a sentence that the image carries itself; uniform: as published.",
+            "choices": list(NEGATIVES),
+        },
+    )
+    augmentation: str = field(
+        default="randaugment",
+        metadata={
+            "help": "randaugment, turns (the eight flips and quarter turns; for scenes without up or left) or none.",
+            "choices": list(AUGMENTATIONS),
+        },
+    )
     protocol: str = field(
         default="clean",
         metadata={
@@ -205,6 +254,21 @@ def main(arguments=None):
     model_args, data_args, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     push, args.push_to_hub = args.push_to_hub, False  # the whole folder once at the end, not every checkpoint
     set_up_logging(args)
+    folder = OutputFolder(args.output_dir, **deciding_options(model_args, data_args, args))
+    if not args.do_train:
+        model_args.model_name_or_path = folder.find_model(model_args.model_name_or_path)
+        return run(model_args, data_args, args, folder, None, push)
+    checkpoint, damages = folder.find_checkpoint(args.resume_from_checkpoint)
+    with folder.claimed() if args.should_save else nullcontext():
+        for damage in damages:
+            logger.warning("Skipping corrupt checkpoint: %s.", damage)
+        if checkpoint or damages:
+            logger.warning("Resuming from %s.", checkpoint or "the beginning: no checkpoint is complete")
+        return run(model_args, data_args, args, folder, checkpoint, push)
+
+
+def run(model_args, data_args, args, folder, checkpoint, push):
+    """What `main` does once it is settled that nothing is written over."""
     set_seed(args.seed)
     with args.main_process_first(desc="preparing the dataset"):
         splits, bad_rows = load_splits(data_args, args)
@@ -213,12 +277,14 @@ def main(arguments=None):
     if data_args.rerank_top_k and not model.config.contrastive_dim:
         raise ValueError("--rerank_top_k needs contrastive heads: train with --contrastive_weight 1.")
     teacher = load_teacher(model_args, args, model, processor)
-    trainer = make_trainer(model, processor, splits, args, teacher)
+    trainer = make_trainer(model, processor, splits, data_args, args, teacher)
+    if args.should_save:
+        folder.record()
     if args.do_train:
-        trainer.train(resume_from_checkpoint=find_checkpoint(args))
+        trainer.train(resume_from_checkpoint=checkpoint)
         trainer.log_metrics("train", trainer.state.log_history[-1])
-    with explained_if_not_written("The model", args.output_dir):
-        trainer.save_model()
+        with explained_if_not_written("The model", args.output_dir):
+            trainer.save_model()
     if args.do_eval:
         save_results(trainer, "eval", trainer.evaluate(), data_args)
     results = predict(trainer, processor, splits["test"], data_args, len(bad_rows)) if args.do_predict else None
@@ -227,18 +293,23 @@ def main(arguments=None):
     if args.do_predict and others:
         results["eval_datasets"] = rank_others(trainer, processor, others, data_args)
     if trainer.is_world_process_zero():
-        shown = {name: getattr(args, name) for name in SHOWN_ON_THE_CARD}
-        options = {"repo_id": args.hub_model_id, "base_model": model_args.model_name_or_path}
-        write_model_card(args.output_dir, results, training_arguments=shown if args.do_train else None, **options)
+        if args.do_train:
+            shown = {name: getattr(args, name, getattr(data_args, name, None)) for name in SHOWN_ON_THE_CARD}
+            options = {"repo_id": args.hub_model_id, "base_model": model_args.model_name_or_path}
+            write_model_card(args.output_dir, results, training_arguments=shown, **options)
         if push:
             print(f"Pushed: {push_folder(args.output_dir, args.hub_model_id, private=args.hub_private_repo)}")
     return results
 
 
 def parse_arguments(arguments):
-    """The three groups of arguments; what the user gave comes before the recipe of the dataset and network."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, IeftTrainingArguments))
-    if len(arguments) == 1 and arguments[0].endswith(".json"):
+    """The three groups of arguments; what the user gave comes before the recipe of the dataset and network.
+
+    Raises:
+        ValueError: for options that contradict each other or would be ignored.
+    """
+    parser = HfArgumentParser((ModelArguments, DataArguments, IeftTrainingArguments), allow_abbrev=False)
+    if len(arguments) == 1 and arguments[0].endswith(SETTINGS_ENDINGS):
         parser.error = partial(refuse_settings, arguments[0])
         arguments = read_settings(
             arguments[0], {each.name for group in parser.dataclass_types for each in fields(group)}
@@ -247,12 +318,52 @@ def parse_arguments(arguments):
     parsed = vars(parser.parse_args(arguments, unset))  # argparse's own defaults stay out
     given = {name: value for name, value in parsed.items() if value is not None}
     asked = [stage for stage in STAGES if given.get(stage)]
+    stages = asked or [stage for stage in STAGES if given.get(stage) is not False]
+    check_options(given, stages)
     model_args, data_args, args = parser.parse_dict(choose_recipe(given) | given)
     for stage in STAGES:
-        setattr(args, stage, not asked or stage in asked)  # do_eval is switched on by eval_strategy otherwise
-    if args.push_to_hub and not args.hub_model_id:
-        raise ValueError("--push_to_hub needs to know where to: pass --hub_model_id user/name.")
+        setattr(args, stage, stage in stages)  # do_eval is switched on by eval_strategy otherwise
     return model_args, data_args, args
+
+
+def check_options(given, stages):
+    """Refuse options that would be ignored, contradict each other, or are out of range.
+
+    Args:
+        given: option -> value, of those that the user gave.
+        stages: of `STAGES`, those that run.
+    """
+    if not stages:
+        raise ValueError("Nothing to do: pass --do_train, --do_eval or --do_predict, or none of them for all three.")
+    for name, needed in NEEDED_STAGES.items():
+        if name in given and not set(needed) & set(stages):
+            raise ValueError(f"--{name} has no effect without {' or '.join(f'--{each}' for each in needed)}.")
+    for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "rerank_top_k", "contrastive_dim"):
+        if name in given and given[name] < 1:
+            raise ValueError(f"--{name} must be 1 or more; got {given[name]}.")
+    if given.get("dataset_name", DataArguments.dataset_name) in SYNTHETIC:
+        names = ABOUT_ONE_COLLECTION + (() if "eval_datasets" in given else ABOUT_COLLECTIONS)
+        ignored = [name for name in names if given.get(name)]
+        if ignored:
+            raise ValueError(
+                f"--{ignored[0]} has no effect on synthetic scenes. Which dataset is meant? Pass --dataset_name."
+            )
+    if "model_name_or_path" in given:
+        for name in ("network", "enhancement_layers"):
+            if name in given:
+                raise ValueError(
+                    f"--{name} is of a network from scratch, and --model_name_or_path starts from a checkpoint, which "
+                    "has its own. Pass one of the two."
+                )
+    if "contrastive_dim" in given and given.get("contrastive_weight") == 0:
+        raise ValueError("--contrastive_dim has no effect without the contrastive loss: pass --contrastive_weight 1.")
+    if given.get("push_to_hub") and not given.get("hub_model_id"):
+        raise ValueError("--push_to_hub needs to know where to: pass --hub_model_id user/name.")
+    if given.get("push_to_hub") and "do_train" not in stages and "model_name_or_path" in given:
+        raise ValueError(
+            "--push_to_hub pushes the model in --output_dir, and an evaluation of --model_name_or_path saves none "
+            "there. Leave --model_name_or_path out, and pass its folder as --output_dir."
+        )
 
 
 def choose_recipe(given):
@@ -260,8 +371,8 @@ def choose_recipe(given):
     dataset_name = given.get("dataset_name", DataArguments.dataset_name)
     recipe = PUBLISHED_RECIPE | DATASET_RECIPES.get(dataset_name, {})
     recipe["output_dir"] = f"outputs/{Path(dataset_name).name}"
-    recipe.setdefault("network", ModelArguments.network)
-    if given.get("network", recipe["network"]) == "tiny":
+    recipe["network"] = "tiny" if dataset_name in SYNTHETIC and not given.get("model_name_or_path") else "base"
+    if given.get("network", recipe["network"]) == "tiny" or is_tiny(given.get("model_name_or_path")):
         recipe |= TINY_RECIPE
         if "num_train_epochs" in given:
             del recipe["max_steps"]  # which would win over it
@@ -271,6 +382,38 @@ def choose_recipe(given):
     if torch.cuda.is_available():  # a CPU that trains has no time to spare for workers beside it
         recipe |= {"dataloader_num_workers": min(8, os.cpu_count()), "dataloader_persistent_workers": True}
     return recipe | {"remove_unused_columns": False}
+
+
+def is_tiny(source):
+    """Whether a checkpoint's network is of the size that the tiny recipe is for."""
+    if source is None or os.path.isfile(source):
+        return False
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(source)
+    except (OSError, ValueError):
+        return False  # loading it names what is wrong
+    width = settings.get("hidden_size")
+    return isinstance(width, int) and width <= TINY_WIDTH
+
+
+def deciding_options(model_args, data_args, args):
+    """What `OutputFolder` compares this run with others by."""
+    options = {**vars(model_args), **vars(data_args), **{name: getattr(args, name) for name in DECIDES_TRAINING
+               if hasattr(args, name)}}  # fmt: skip
+    for name in ("data_dir", "dataset_name", "model_name_or_path", "teacher"):
+        if options[name] and Path(options[name]).exists():
+            options[name] = str(Path(options[name]).resolve())
+    options |= {name: str(options[name].value) for name in DECIDES_TRAINING if hasattr(options[name], "value")}
+    # Any number of processes computes the same, as long as the batch of all is the same.
+    options["per_device_train_batch_size"] *= args.world_size * args.gradient_accumulation_steps
+    training = {name: options[name] for name in DECIDES_TRAINING} if args.do_train else None
+    evaluation = {name: options[name] for name in DECIDES_EVALUATION} | {"seed": args.seed}
+    for stage, name in (("do_eval", "max_eval_samples"), ("do_predict", "max_predict_samples")):
+        if not getattr(args, stage):
+            del evaluation[name]
+    if args.do_train or options["model_name_or_path"] in (None, str(Path(args.output_dir).resolve())):
+        evaluation["model_name_or_path"] = None  # the model in this folder
+    return {"training": training, "evaluation": evaluation if args.do_eval or args.do_predict else None}
 
 
 def set_up_logging(args):
@@ -397,7 +540,7 @@ def load_teacher(model_args, args, model, processor):
     return teacher
 
 
-def make_trainer(model, processor, splits, args, teacher=None):
+def make_trainer(model, processor, splits, data_args, args, teacher=None):
     """The trainer with its training items and validation set."""
     items = None
     if args.do_train:
@@ -405,39 +548,13 @@ def make_trainer(model, processor, splits, args, teacher=None):
             splits["train"],
             processor,
             num_negatives=0 if args.contrastive_weight else args.num_negatives,
-            negatives=args.negatives,
-            augmentation=args.augmentation,
+            negatives=data_args.negatives,
+            augmentation=data_args.augmentation,
             seed=args.seed,
         )
     validation = EvaluationSet.from_split(splits["validation"], processor)
     options = {"eval_dataset": validation, "processing_class": processor, "teacher": teacher}
     return IeftTrainer(model, args, train_dataset=items, **options)
-
-
-def find_checkpoint(args):
-    """The checkpoint to go on from, or None to begin.
-
-    Raises:
-        ValueError: where the output folder holds an earlier run that would be written over, or the checkpoint asked
-            for is damaged.
-    """
-    wish = str(args.resume_from_checkpoint or "false")
-    if wish.lower() not in ("true", "false"):
-        damage = find_damage(wish) if Path(wish).is_dir() else "no such folder"
-        if damage:
-            raise ValueError(f"--resume_from_checkpoint {wish}: {damage}. Pass true to take the last whole one.")
-        return wish
-    last, damages = find_last_checkpoint(args.output_dir)
-    if (last or damages) and wish.lower() == "false":
-        raise ValueError(
-            f"{args.output_dir} holds an earlier run, which is not written over. Pass --resume_from_checkpoint true "
-            "to go on from its last checkpoint, or another --output_dir."
-        )
-    for damage in damages if args.should_log else ():
-        logger.warning("Not whole, and not gone on from: %s.", damage)
-    if (damages or last) and args.should_log:
-        logger.warning("Going on from %s.", last or "the beginning: no checkpoint is whole")
-    return last
 
 
 def predict(trainer, processor, test, data_args, num_bad_rows):
@@ -488,6 +605,16 @@ def save_results(trainer, name, results, data_args):
     write_json(everything.with_name(f"{name}_results.json"), results)
 
 
-if __name__ == "__main__":
-    main()
+def command():
+    """`main` as a command: errors are one message of the main process, without a traceback; exit code 1."""
+    try:
+        main()
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"run_retrieval.py: {error}", file=sys.stderr)
+        sys.exit(1)
     leave_processes()
+
+
+if __name__ == "__main__":
+    command()

@@ -11,7 +11,7 @@ import torch
 from small_training import CONTRASTIVE, assert_same_bits, make_trainer, run
 from transformers import TrainerCallback
 
-from ieft.training.checkpoints import find_last_checkpoint
+from ieft.training.checkpoints import explained_if_not_written, find_last_checkpoint
 
 
 def at(trainer, event, step, call):
@@ -93,7 +93,7 @@ def test_weights_that_overflow_are_never_saved(tmp_path):
             trainer.model.rank_output.weight[0, 0] = torch.inf
 
     at(trainer, "on_optimizer_step", 5, overflow)
-    with pytest.raises(FloatingPointError, match="rank_output.weight is not finite. The checkpoint is not written"):
+    with pytest.raises(FloatingPointError, match="After step 6 the weights rank_output.weight are not finite"):
         trainer.train()
     assert_checkpoints_are_numbers(tmp_path, "checkpoint-4")
 
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_the_run_goe
     assert run(tmp_path / "full", max_steps=8, prepare=limit_file_sizes) == 1
     printed = (tmp_path / "full" / "printed0.txt").read_text()
     assert "The checkpoint of step 6 could not be written" in printed and "are free there" in printed
-    assert f"{tmp_path / 'full' / 'checkpoint-4'} is whole: make room, and --resume_from_checkpoint true" in printed
+    assert f"make room, then try again. --resume_from_checkpoint true resumes from {tmp_path / 'full'}" in printed
     assert not (tmp_path / "full" / ".unfinished").exists()
     assert run(tmp_path / "full", max_steps=8, resume=True) == 0
     assert_same_bits(tmp_path / "unharmed", tmp_path / "full")
@@ -162,7 +162,19 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_keeps_the_checkpoints_that_are_on_it(small_disk):
     trainer = make_trainer(small_disk / "run", save_total_limit=None, max_steps=40)
-    with pytest.raises(OSError, match="could not be written.*is whole: make room"):
+    with pytest.raises(OSError, match="could not be written.*make room.*resumes from"):
         trainer.train()
     last, damages = find_last_checkpoint(small_disk / "run")
     assert not damages and Path(last).name == f"checkpoint-{trainer.state.global_step - 2}"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), KeyError("weight")])
+def test_an_error_that_is_none_of_the_disks_stays_what_it_is(tmp_path, error):
+    with pytest.raises(type(error), match=str(error.args[0])), explained_if_not_written("The model", tmp_path):
+        raise error
+
+
+def test_a_folder_that_cannot_be_written_is_no_full_disk(tmp_path):
+    with pytest.raises(OSError, match="could not be written") as raised, explained_if_not_written("It", tmp_path):
+        raise PermissionError(13, "Permission denied")
+    assert "make room" not in str(raised.value)

@@ -112,3 +112,25 @@ def test_a_model_in_training_ranks_without_dropout_and_trains_on(saved, model):
 def test_what_cannot_be_ranked_says_why(model, query, candidates, options, message):
     with pytest.raises(ValueError, match=message):
         model.rank(query, candidates, **options)
+
+
+def test_several_queries_give_a_ranking_each(saved, model):
+    retrieval = pipeline("image-text-retrieval", model=str(saved[0]), trust_remote_code=True)
+    paths = [str(path) for path in saved[1]]
+    expected = [model.rank(path, CAPTIONS[:5], top_k=3) for path in paths[:2]]
+    expected = [[hit | {"score": pytest.approx(hit["score"], abs=1e-5)} for hit in hits] for hits in expected]
+    assert retrieval(paths[:2], CAPTIONS[:5], top_k=3) == expected
+    assert retrieval((path for path in paths[:2]), CAPTIONS[:5], top_k=3, batch_size=2) == expected
+    assert retrieval([Image.open(path) for path in paths[:2]], CAPTIONS[:5], top_k=3) == expected
+    by_caption = retrieval(CAPTIONS[:2], paths)
+    assert [hit["image"] for hit in by_caption[1]] == [hit["image"] for hit in model.rank(CAPTIONS[1], paths)]
+    with pytest.raises(TypeError, match="topk"):
+        retrieval(paths[0], CAPTIONS, topk=3)
+
+
+def test_lists_are_no_query_and_no_candidate_of_the_model(saved, model):
+    paths = [str(path) for path in saved[1]]
+    with pytest.raises(ValueError, match="One image or caption expected"):
+        model.rank(paths[:2], CAPTIONS[:2])
+    with pytest.raises(ValueError, match="Each candidate must be one"):
+        model.rank(CAPTIONS[0], [paths[:2], paths[2:]])

@@ -1,5 +1,6 @@
 """Images of every kind and captions of every length become tensors, or an error that says why not."""
 
+import json
 import logging
 
 import numpy as np
@@ -154,3 +155,48 @@ def test_saved_processor_loads_the_same(processor, tmp_path):
     image = gradient(60, 40)
     for name, tensor in processor(images=image, text=CAPTIONS).items():
         assert torch.equal(tensor, loaded(images=image, text=CAPTIONS)[name])
+
+
+def test_the_usual_options_of_a_processor_mean_what_they_mean_in_transformers(processor):
+    captions = ["two white storage tanks near a river .", "a river ."]
+    cut = processor(text=captions, truncation=True, max_length=4)
+    assert cut["input_ids"].shape == (2, 4)
+    assert processor(text=captions, padding="max_length")["input_ids"].shape == (2, processor.max_caption_tokens)
+    whole = processor(text=captions, text_kwargs={"add_special_tokens": False, "padding": False}, return_tensors=None)
+    assert whole["input_ids"] == processor.tokenizer(captions, add_special_tokens=False)["input_ids"]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8))
+    plain = processor(images=image, do_resize=False, do_normalize=False)["pixel_values"][0]
+    assert torch.allclose(plain, torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
+    means = processor(images=image, image_mean=[0.5, 0.4, 0.3], image_std=[0.2] * 3, size={"height": 8, "width": 8})
+    resized = np.array(image.resize((8, 8), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 255
+    expected = (resized - np.array([0.5, 0.4, 0.3])[:, None, None]) / 0.2
+    assert np.allclose(means["pixel_values"][0], expected, atol=1e-5)
+    nearly = processor(images=image, rescale_factor=1 / 255.0001)["pixel_values"]  # by the general way
+    assert torch.allclose(nearly, processor(images=image)["pixel_values"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_lenght": 4}, "no option max_lenght"),
+        ({"text_kwargs": {"truncate": True}}, "no option truncate"),
+        ({"images": Image.new("RGB", (4, 4)), "size": {"shortest_edge": 9}}, "size a square"),
+        ({"images": Image.new("RGB", (4, 4)), "fit": "pad"}, "fit must be one of"),
+        ({"images": Image.new("RGB", (4, 4)), "image_std": [0, 0, 0]}, "must not hold 0"),
+    ],
+)
+def test_options_that_a_processor_does_not_have_are_refused(processor, options, message):
+    with pytest.raises(ValueError, match=message):
+        processor(text="a river .", **options)
+
+
+def test_settings_are_saved_under_the_usual_names_and_old_files_load(tmp_path):
+    IeftImageProcessor(48, "squash", image_std=[0.2] * 3).save_pretrained(tmp_path)
+    loaded = IeftImageProcessor.from_pretrained(tmp_path)
+    assert (loaded.size, loaded.image_size, loaded.fit) == ({"height": 48, "width": 48}, 48, "squash")
+    assert loaded.image_std == [0.2] * 3
+    path = next(tmp_path.glob("*.json"))
+    path.write_text(json.dumps({"image_processor_type": "IeftImageProcessor", "image_size": 40, "fit": "crop"}))
+    assert IeftImageProcessor.from_pretrained(tmp_path).image_size == 40
+    with pytest.raises(ValueError, match="must agree"):
+        IeftImageProcessor(40, size=48)

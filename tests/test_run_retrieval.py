@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +14,17 @@ from hub_server import running_hub
 from PIL import Image
 
 import run_retrieval
+from configuration_ieft import IeftConfig
 from ieft.data.invalid_examples import BadRowsError
+from ieft.training.output_folder import OutputFolder
 from modeling_ieft import IeftForImageTextRetrieval
 from prepare_datasets import load_retrieval_dataset
 from processing_ieft import IeftProcessor
 
 ROOT = Path(__file__).parent.parent
-SMALL = [
-    "--dataset_name", "scenes", "--use_cpu", "--max_train_samples", "24", "--max_eval_samples", "6",
-    "--max_predict_samples", "8", "--per_device_train_batch_size", "8", "--disable_tqdm", "true",
-]  # fmt: skip
+PREDICT = ["--dataset_name", "scenes", "--use_cpu", "--max_predict_samples", "8", "--disable_tqdm", "true"]
+SMALL = [*PREDICT, "--max_train_samples", "24", "--max_eval_samples", "6", "--per_device_train_batch_size", "8"]
+RESUME = ["--resume_from_checkpoint"]
 RECALLS = [f"{way}_r{k}" for way in ("ir", "tr") for k in (1, 5, 10)] + ["mean_recall"]
 
 
@@ -77,7 +79,8 @@ def test_an_earlier_run_is_not_written_over_but_gone_on_with(trained, tmp_path):
 
 
 def launch(command, folder, trained_folder):
-    arguments = [*SMALL, "--do_eval", "--do_predict", "--model_name_or_path", str(trained_folder)]
+    arguments = [*PREDICT, "--do_eval", "--do_predict", "--max_eval_samples", "6",
+                 "--model_name_or_path", str(trained_folder)]  # fmt: skip
     finished = subprocess.run(
         [*command, *arguments, "--output_dir", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -116,11 +119,13 @@ def test_two_processes_train_and_take_leave(tmp_path):
 
 
 def test_push_to_hub_is_one_flag(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     with running_hub() as (address, hub):
         environment |= {"HF_ENDPOINT": address, "HF_TOKEN": "anything", "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "run_retrieval.py", *SMALL, "--do_predict", "--model_name_or_path", str(trained[0]),
+        command = [sys.executable, "run_retrieval.py", *SMALL[:-2], "--do_eval", "--do_predict",
                    "--output_dir", str(tmp_path), "--push_to_hub", "--hub_model_id", "someone/scenes"]  # fmt: skip
+        command.remove("--max_train_samples"), command.remove("24")
         finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
         assert finished.returncode == 0, finished.stderr[-3000:]
         files = hub.files("someone/scenes")
@@ -139,7 +144,7 @@ def test_other_datasets_are_ranked_without_the_images_trained_on(trained, tmp_pa
         records.append({"image": f"{number}.bmp", "captions": [f"a field {number} ."], "split": "test"})
     records += [{"image": "0.bmp", "captions": [" "], "split": "test"}]
     (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, records)))
-    arguments = [*SMALL, "--do_predict", "--model_name_or_path", str(trained[0]), "--on_bad_rows", "skip",
+    arguments = [*PREDICT, "--do_predict", "--model_name_or_path", str(trained[0]), "--on_bad_rows", "skip",
                  "--output_dir", str(tmp_path / "out"), "--eval_datasets", str(tmp_path / "other.jsonl")]  # fmt: skip
     results = run_retrieval.main(arguments)["eval_datasets"][str(tmp_path / "other.jsonl")]
     assert (results["num_images"], results["removed_overlap"], results["bad_rows"]) == (2, 3, 2)
@@ -184,7 +189,7 @@ def test_a_streaming_run_copies_no_image_and_gives_the_same_recalls(tmp_path, mo
 def test_any_split_can_be_ranked_as_another_dataset(trained, tmp_path):
     path = str(write_fields(tmp_path / "data"))
     out, wishes = str(tmp_path / "out"), [f"{path}:validation", path, "scenes:validation"]
-    arguments = [*SMALL, "--do_predict", "--model_name_or_path", str(trained[0]), "--output_dir", out]
+    arguments = [*PREDICT, "--do_predict", "--model_name_or_path", str(trained[0]), "--output_dir", out]
     results = run_retrieval.main([*arguments, "--eval_datasets", *wishes])["eval_datasets"]
     assert [(each["num_images"], each["split"], each["removed_overlap"]) for each in map(results.get, wishes)] == [
         (16, "validation", 0), (16, "test", 0), (100, "validation", 0),
@@ -242,3 +247,188 @@ def test_the_published_protocol_trains_on_validation_and_chooses_on_test(tmp_pat
     assert len(published["train"]) == len(clean["train"]) + len(clean["validation"]) == 1100
     assert list(published["validation"]["filename"]) == list(clean["test"]["filename"])
     assert set(clean["test"]["filename"]).isdisjoint([*clean["train"]["filename"], *clean["validation"]["filename"]])
+
+
+# What was made is never written over --------------------------------------------------------------------------------
+
+
+def snapshot(folder):
+    """Name -> bytes of every file of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """A copy of the trained folder."""
+    return Path(shutil.copytree(trained[0], tmp_path / "finished"))
+
+
+def command(*arguments, **environment):
+    """The command as users run it: exit code and what it wrote on its error stream."""
+    finished = subprocess.run([sys.executable, "run_retrieval.py", *map(str, arguments)], cwd=ROOT, text=True,
+                              capture_output=True, timeout=300, env=os.environ | environment)  # fmt: skip
+    return finished.returncode, finished.stderr
+
+
+@pytest.mark.parametrize("stage", ["--do_predict", "--do_eval"])
+def test_an_evaluation_judges_the_model_in_the_folder_and_saves_none(finished, stage):
+    before = snapshot(finished)
+    sizes = ["--max_predict_samples", "8"] if stage == "--do_predict" else ["--max_eval_samples", "6"]
+    options = [*PREDICT[:3], "--disable_tqdm", "true", *sizes, "--output_dir", str(finished)]
+    others = {"--do_predict": "max_eval_samples", "--do_eval": "max_predict_samples"}
+    record = json.loads((finished / ".run.json").read_text())
+    record["evaluation"][others[stage]] = None  # what this stage does not take
+    (finished / ".run.json").write_text(json.dumps(record))
+    run_retrieval.main([*options, stage])
+    after = snapshot(finished)
+    results = {"all_results.json", "ranked.png", ".run.json", "bad_rows.json"}  # written again
+    assert {name: before[name] for name in before.keys() - results} == {
+        name: after[name] for name in after.keys() - results
+    }
+
+
+def test_an_evaluation_without_a_model_stops_before_any_work(tmp_path):
+    code, printed = command(*PREDICT, "--do_predict", "--output_dir", tmp_path / "new")
+    assert code == 1 and "No model to evaluate" in printed and "Traceback" not in printed
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([*SMALL, "--max_steps", "4"], "--resume_from_checkpoint true"),
+        (["--use_cpu", "--max_steps", "4", "--do_train"], "training would write over"),
+        ([*SMALL, "--max_steps", "4", *RESUME, "true", "--seed", "5"], "seed was 0 and is 5"),
+        (
+            [*SMALL, "--max_steps", "4", *RESUME, "true", "--learning_rate", "1"],
+            "learning_rate was",
+        ),
+        ([*SMALL, "--max_steps", "4", *RESUME, "yes please"], "no such folder"),
+        (["--use_cpu", "--dataset_name", "twins", "--do_predict"], "dataset_name was 'scenes' and is 'twins'"),
+        (["--use_cpu", "--dataset_name", "scenes", "--protocol", "published", "--do_predict"], "protocol was"),
+        (["--use_cpu", "--dataset_name", "scenes", "--do_predict", "--model_name_or_path", "OTHER"], "another model"),
+    ],
+)
+def test_nothing_in_a_finished_folder_is_touched_by_another_run(finished, trained, monkeypatch, arguments, message):
+    def no_data(*_, **__):
+        raise AssertionError("data was loaded before the check")
+
+    monkeypatch.setattr(run_retrieval, "load_splits", no_data)
+    before = snapshot(finished)
+    arguments = [str(trained[0]) if each == "OTHER" else each for each in arguments]
+    with pytest.raises(ValueError, match=message):
+        run_retrieval.main([*arguments, "--output_dir", str(finished)])
+    assert snapshot(finished) == before
+
+
+def test_a_folder_with_results_of_the_version_before_is_known_by_its_results(finished):
+    (finished / ".run.json").unlink()
+    with pytest.raises(ValueError, match="dataset_name was 'scenes' and is 'twins'"):
+        run_retrieval.main(["--use_cpu", "--dataset_name", "twins", "--do_predict", "--output_dir", str(finished)])
+
+
+@pytest.mark.parametrize("name", ["config.json", "README.md", "model-00001-of-00002.safetensors", "tokenizer.json"])
+def test_training_into_a_folder_of_something_else_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"holds {name}"):
+        run_retrieval.main([*SMALL, "--max_steps", "1", "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+        run_retrieval.main([*SMALL, "--resume_from_checkpoint", "true", "--output_dir", str(tmp_path)])
+    assert snapshot(tmp_path) == {name: b"mine"}
+
+
+def test_two_runs_never_train_into_one_folder(tmp_path):
+    held = OutputFolder(tmp_path, training={}, evaluation={})
+    with held.claimed():
+        code, printed = command(*SMALL, "--max_steps", "1", "--output_dir", tmp_path)
+    assert code == 1 and "Another run is training into" in printed and "Traceback" not in printed
+
+
+# Options mean what they say -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--max_step", "3"], "unrecognized arguments: --max_step"),
+        (["--negatives", "distnct"], "invalid choice"),
+        (["--augmentation", "flip"], "invalid choice"),
+        (["--fit", "pad"], "invalid choice"),
+        (["--batches", "hard"], "invalid choice"),
+    ],
+)
+def test_a_misspelt_option_or_choice_is_refused_by_the_parser(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        run_retrieval.parse_arguments(["--use_cpu", *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--do_predict", "--teacher", "x"], "--teacher has no effect without --do_train"),
+        (["--do_train", "--rerank_top_k", "5"], "--rerank_top_k has no effect without --do_predict"),
+        (["--do_eval", "--eval_datasets", "ucm"], "--eval_datasets has no effect"),
+        (["--do_eval", "--max_train_samples", "5"], "--max_train_samples has no effect"),
+        (["--do_predict", "--network", "tiny"], "--network has no effect"),
+        (["--data_dir", "X"], "--data_dir has no effect on synthetic scenes"),
+        (["--dataset_name", "twins", "--bands", "1"], "--bands has no effect on synthetic scenes"),
+        (["--model_name_or_path", "x", "--network", "tiny"], "starts from a checkpoint"),
+        (["--model_name_or_path", "x", "--enhancement_layers", "1"], "starts from a checkpoint"),
+        (["--contrastive_weight", "0", "--contrastive_dim", "8"], "--contrastive_dim has no effect"),
+        (["--rerank_top_k", "0"], "--rerank_top_k must be 1 or more"),
+        (["--max_train_samples", "-1"], "--max_train_samples must be 1 or more"),
+        (["--learning_rate", "0"], "learning_rate must be above 0"),
+        (["--num_negatives", "0"], "num_negatives must be above 0"),
+        (["--num_train_epochs", "0"], "num_train_epochs must be above 0"),
+        (["--ranking_start", "3"], "ranking_start is a share"),
+        (["--contrastive_weight", "nan"], "contrastive_weight must be 0 or more"),
+        (["--do_train", "false", "--do_eval", "false", "--do_predict", "false"], "Nothing to do"),
+    ],
+)
+def test_options_that_would_be_ignored_or_cannot_be_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run_retrieval.parse_arguments(["--use_cpu", *arguments])
+
+
+def test_the_recipe_is_that_of_the_network_trained(trained, tmp_path):
+    IeftConfig().save_pretrained(tmp_path)
+    _, _, args = run_retrieval.parse_arguments(["--use_cpu", "--model_name_or_path", str(tmp_path)])  # scenes
+    assert (args.learning_rate, args.max_steps) == (1e-4, -1)
+    _, _, args = run_retrieval.parse_arguments(
+        ["--use_cpu", "--model_name_or_path", str(trained[0]), "--dataset_name", "ucm"]
+    )
+    assert (args.learning_rate, args.max_steps) == (2e-3, 800)
+
+
+def test_settings_may_be_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("dataset_name: ucm\nnetwork: tiny\nuse_cpu: true\nmax_steps: 7\nlearning_rate: 1e-3\n")
+    model_args, data_args, args = run_retrieval.parse_arguments([str(path)])
+    assert (data_args.dataset_name, model_args.network, args.max_steps, args.learning_rate) == ("ucm", "tiny", 7, 1e-3)
+    path.write_text("datset_name: ucm")
+    with pytest.raises(ValueError, match="there is no option datset_name"):
+        run_retrieval.parse_arguments([str(path)])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--dataloader_drop_last", "true", "--per_device_train_batch_size", "500"], "No step can be taken"),
+        (["--per_device_train_batch_size", "1"], "is 0 in batches of one"),
+    ],
+)
+def test_a_run_that_cannot_learn_ends_with_an_error(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run_retrieval.main([*SMALL[:-2], *arguments, "--max_steps", "2", "--output_dir", str(tmp_path)])
+    assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "README.md").exists()
+
+
+def test_launched_by_accelerate_an_error_is_one_message(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "run_retrieval.py"]
+    finished = subprocess.run(
+        [*launch, *SMALL, "--output_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr
+    assert "run_retrieval.py: " in finished.stderr and "would write over" in finished.stderr

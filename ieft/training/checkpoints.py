@@ -1,13 +1,11 @@
-"""Checkpoints that are whole, or are not there.
-
-In: a folder that a Trainer fills. Out: its checkpoint under its name once every byte of it is on the disk; the newest
-whole one. It knows nothing of networks.
+"""Checkpoints that are complete, or absent.
 
 A process may be killed, a disk may fill up and a machine lose power at any byte. So a checkpoint is written under
 another name, flushed to the disk, and given its own name by one rename. What was written by other means (an older
 version, a copy that was interrupted) is read through before it is trusted.
 """
 
+import errno
 import json
 import os
 import re
@@ -22,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 UNFINISHED = ".unfinished"  # in the output folder; found there after a kill, it is removed by the next save
 PICKLES = (".pt", ".pth", ".bin")  # zip files inside, with a checksum of each tensor
 STATE = "trainer_state.json"
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def find_last_checkpoint(folder):
@@ -100,7 +99,7 @@ def _flush(path):
 
 @contextmanager
 def explained_if_not_written(what, folder):
-    """Errors of writing end in one that says what is left.
+    """Errors of writing end in one that says what is left; other errors stay as they are.
 
     Raises:
         OSError: in the place of OSError, and of what torch and safetensors raise when a disk is full.
@@ -108,13 +107,23 @@ def explained_if_not_written(what, folder):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        is_full = _is_full_disk(error)
+        if not (is_full or isinstance(error, OSError)):
+            raise
         last, _ = find_last_checkpoint(folder)
-        left = f"{last} is whole: make room, and --resume_from_checkpoint true goes on from there"
-        left = left if last else "There is no earlier checkpoint: make room and begin again"
+        left = f"--resume_from_checkpoint true resumes from {last}." if last else "There is no earlier checkpoint."
         megabytes = shutil.disk_usage(folder).free / 1e6
-        raise OSError(
-            f"{what} could not be written to {folder} ({error}); {megabytes:,.1f} MB are free there. {left}."
-        ) from error
+        remedy = f"{megabytes:,.1f} MB are free there: make room, then try again. " if is_full else ""
+        raise OSError(f"{what} could not be written to {folder}: {error}. {remedy}{left}") from error
+
+
+def _is_full_disk(error):
+    """Whether a disk, quota or limit on file sizes is full. torch and safetensors tell it in their messages alone."""
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return True
+    message = str(error)
+    numbers = {int(number) for number in re.findall(r"os error (\d+)", message)}
+    return bool(numbers & FULL_DISK) or "PytorchStreamWriter failed writing" in message
 
 
 def write_json(path, content):

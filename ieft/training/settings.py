@@ -1,11 +1,11 @@
-"""A JSON file of options as a command line, so that both are read by the same rules.
-
-In: the file, and which options there are. Out: words as of a command line, or one error that names the file. It knows
-nothing of what the options mean.
-"""
+"""A JSON or YAML file of options as the words of a command line, so that both are checked by the same rules."""
 
 import json
 from pathlib import Path
+
+import yaml
+
+SETTINGS_ENDINGS = (".json", ".yaml", ".yml")
 
 
 def read_settings(path, known):
@@ -15,12 +15,13 @@ def read_settings(path, known):
         known: names of all options.
 
     Raises:
-        ValueError: where it is no JSON object, or names an option that there is not.
+        ValueError: where it is no object of options, or names an option that there is not.
     """
+    load, kind = (json.loads, "JSON") if str(path).endswith(".json") else (yaml.safe_load, "YAML")
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        settings = load(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not {kind}: {error}.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold an object of options; it holds a {type(settings).__name__}.")
     unknown = sorted(settings.keys() - known)

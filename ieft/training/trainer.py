@@ -1,17 +1,14 @@
-"""Training IEFT, and judging it by ranking.
-
-In: a model, training items and evaluation sets. Out: a trained model; the recalls of every evaluation in the log. It
-knows nothing of datasets' names, folders or pictures.
+"""Training IEFT, and evaluating it by ranking.
 
 Two losses. Ranking (Tang et al. 2023): cross-entropy over the matching scores of an image with its own caption and
 with others. Contrastive (as CLIP; weight 0 in the published recipe): cross-entropy, both ways, over the similarities
-of images and captions read alone by the same network. With the contrastive loss on, the ranking loss takes groups of
-images in the batch, later groups that are hard by contrastive similarity, and scores all pairs of a group. The batch
-is that of all processes together: any number of them gives the same groups and the same loss. With a teacher, the
-ranking loss also draws the scores to those that the teacher gives the same pairs.
+of images and captions encoded separately by the same network. With the contrastive loss, the ranking loss scores all
+pairs in groups of images of the batch: random groups first, later hard ones by contrastive similarity. The batch is
+that of all processes together: any number of them gives the same groups and the same loss. With a teacher, the
+ranking loss also trains the scores towards those that the teacher gives the same pairs.
 
-What can go wrong in a long run ends it with a report, before it can spoil weights or checkpoints; a run that was
-killed goes on from its last checkpoint to the same weights.
+A loss, gradient or weight that is not finite ends the run with a report before it reaches a checkpoint; a run that
+was killed resumes from its last checkpoint and reproduces the same weights.
 """
 
 import shutil
@@ -43,16 +40,6 @@ class IeftTrainingArguments(TrainingArguments):
     num_negatives: int = field(
         default=15, metadata={"help": "Captions that each image's own caption is ranked against."}
     )
-    negatives: str = field(
-        default="distinct",
-        metadata={"help": "distinct: never a sentence that the image carries itself; uniform: as published."},
-    )
-    augmentation: str = field(
-        default="randaugment",
-        metadata={
-            "help": "randaugment, turns (the eight turns and mirrorings; for scenes without up or left) or none."
-        },
-    )
     contrastive_weight: float = field(
         default=0.0,
         metadata={"help": "Weight of the contrastive loss; above 0, negatives come from the batch itself."},
@@ -78,9 +65,34 @@ class IeftTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "With a teacher: weight of the divergence from its scores in the ranking loss."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        _check_ranges(self)
+        if self.save_total_limit == 1 and self.load_best_model_at_end:
+            # The Trainer would delete the newest checkpoint at the end, and a resumed run would train again.
+            self.save_total_limit = 2
+
+
+def _check_ranges(args):
+    """Raises a ValueError that names the option, the values it takes, and the one that came."""
+    if args.batches not in BATCHES:
+        raise ValueError(f"batches must be one of {', '.join(BATCHES)}; got {args.batches!r}.")
+    above_zero = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_negatives")
+    above_zero += () if args.max_steps > 0 else ("num_train_epochs",)
+    above_zero += () if args.groups_per_step is None else ("groups_per_step",)
+    for name in above_zero:
+        if not getattr(args, name) > 0:
+            raise ValueError(f"{name} must be above 0; got {getattr(args, name)}.")
+    for name in ("contrastive_weight", "distillation_weight"):
+        if not 0 <= getattr(args, name) < float("inf"):
+            raise ValueError(f"{name} must be 0 or more; got {getattr(args, name)}.")
+    for name in ("ranking_start", "mining_start"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"{name} is a share of the steps, from 0 to 1; got {getattr(args, name)}.")
+
 
 class IeftTrainer(Trainer):
-    """A Trainer that ranks.
+    """A Trainer that evaluates by ranking.
 
     Args:
         train_dataset: `TrainingItems`.
@@ -91,6 +103,7 @@ class IeftTrainer(Trainer):
 
     def __init__(self, model, args, train_dataset=None, eval_dataset=None, *, teacher=None, **options):
         if train_dataset is not None:
+            _check_items(train_dataset, args)
             options.setdefault("data_collator", train_dataset.collate)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
         self.model_accepts_loss_kwargs = False  # the model's keyword arguments are about pairs, not about losses
@@ -105,6 +118,21 @@ class IeftTrainer(Trainer):
         if self.args.batches == "neighbours":
             return NeighbourSampler(self.train_dataset)
         return super()._get_train_sampler(train_dataset)
+
+    def train(self, *arguments, **options):
+        """As the Trainer's.
+
+        Raises:
+            ValueError: where no step would be taken.
+        """
+        batch = self.args.per_device_train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and len(self.train_dataset) < batch:
+            raise ValueError(
+                f"No step can be taken: --dataloader_drop_last leaves out the only batch, of "
+                f"{len(self.train_dataset)} captions where {batch} fill one. Leave it away, or lower "
+                "--per_device_train_batch_size."
+            )
+        return super().train(*arguments, **options)
 
     def get_train_dataloader(self):
         """As the Trainer's, with a generator of its own.
@@ -251,8 +279,8 @@ class IeftTrainer(Trainer):
             f"{problem} in step {self.state.global_step + 1}. Nothing was learnt from that step. Its batch of "
             f"{len(entries)} ({shown}...) is listed in {path}. "
             + (f"These images have pixels that are no numbers: {', '.join(unreadable)}. " if unreadable else "")
-            + "If its images and captions are in order, lower --learning_rate; --resume_from_checkpoint true goes on "
-            "from the last checkpoint."
+            + "If its images and captions are in order, lower --learning_rate; --resume_from_checkpoint true "
+            "resumes from the last checkpoint."
         )
 
     def _describe(self, batch):
@@ -314,7 +342,11 @@ class IeftTrainer(Trainer):
     def _check_weights(self):
         for name, weight in self.model.named_parameters():
             if not torch.isfinite(weight).all():
-                self._stop(f"After the optimizer's step {name} is not finite. The checkpoint is not written")
+                raise FloatingPointError(
+                    f"After step {self.state.global_step} the weights {name} are not finite. The checkpoint of this "
+                    "step is not written. Lower --learning_rate; --resume_from_checkpoint true resumes from the last "
+                    "checkpoint."
+                )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Rank the whole matrix of one evaluation set, or of each in a dict.
@@ -380,6 +412,30 @@ class _GradientsChecked(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.check_gradients()
+
+
+def _check_items(items, args):
+    """Raises a ValueError where items and arguments do not fit, or nothing can be learnt from them."""
+    batch = args.per_device_train_batch_size * args.world_size
+    expected = 0 if args.contrastive_weight else args.num_negatives
+    if items.num_negatives != expected:
+        because = (
+            "the contrastive loss takes them from the batch" if expected == 0 else "as the training arguments say"
+        )
+        raise ValueError(
+            f"TrainingItems(num_negatives={expected}) expected, {because}; got num_negatives={items.num_negatives}."
+        )
+    if args.contrastive_weight and batch < 2:
+        raise ValueError(
+            "The contrastive loss compares the captions of a batch, and is 0 in batches of one. Raise "
+            "--per_device_train_batch_size to 2 or more, or set --contrastive_weight 0."
+        )
+    if len(set(items.caption_text_id.tolist())) < 2:
+        raise ValueError(
+            f"At least two different captions expected to train on; the training split has {len(items)}, all equal."
+            if len(items)
+            else "The training split holds no caption."
+        )
 
 
 def _put_together(logits, places, num_rows, size, *, counts):

@@ -1,0 +1,162 @@
+"""What a run may do in its output folder: nothing that was made before is written over.
+
+A run of training resumes the run that the folder holds, or finds none of the files that it would write. An
+evaluation replaces only its own results. All of this is decided from the options alone, before data is loaded and
+before a file is touched.
+"""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ieft.training.checkpoints import find_damage, find_last_checkpoint, write_json
+
+RECORD, LOCK = ".run.json", ".lock"
+MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin")
+RESULT_FILES = ("*_results.json", "eval_datasets.json", "two_stage.json", "ranked.png")
+TRAINING_FILES = (
+    *MODEL_FILES, *RESULT_FILES, "checkpoint-*", "README.md", "*_ieft.py", "training.png", "training_args.bin",
+    "processor_config.json", "preprocessor_config.json", "tokenizer*.json", "vocab.txt",
+)  # fmt: skip
+
+
+class OutputFolder:
+    """The folder of one run.
+
+    Args:
+        path: where it is; it need not exist.
+        training: the options that decide what training computes, as JSON takes them; None for an evaluation.
+        evaluation: the options that decide what evaluation computes.
+    """
+
+    def __init__(self, path, *, training, evaluation):
+        self.path = Path(path)
+        self.training, self.evaluation = training, evaluation
+
+    def find_checkpoint(self, wish):
+        """The checkpoint that training resumes from, or None to begin; and the corrupt ones that were skipped.
+
+        Args:
+            wish: of `--resume_from_checkpoint`: true, false, None or a checkpoint's path.
+
+        Raises:
+            ValueError: where files of the folder would be written over, the run in it had other options, or the
+                checkpoint asked for cannot be used.
+        """
+        wish = str(wish or "false")
+        by_path = wish.lower() not in ("true", "false")
+        if by_path and (damage := find_damage(wish) if Path(wish).is_dir() else "there is no such folder"):
+            raise ValueError(
+                f"--resume_from_checkpoint {wish}: {damage}. Pass true to resume from the last complete checkpoint."
+            )
+        own = by_path and Path(wish).resolve().parent == self.path.resolve()
+        last, damages = find_last_checkpoint(self.path)
+        if wish.lower() == "true" or own:
+            if not (last or damages):
+                self._check_nothing_is_replaced("It holds no checkpoint to resume from.")
+            self._check_same_run()
+            if self.evaluation:
+                self._check_same_evaluation()
+        else:
+            advice = " --resume_from_checkpoint true resumes its run." if last or damages else ""
+            self._check_nothing_is_replaced(advice)
+        return (wish, []) if by_path else (last, damages)
+
+    def find_model(self, source):
+        """The checkpoint to evaluate: `source`, or the trained model in this folder.
+
+        Raises:
+            ValueError: where there is none, or where results of another evaluation would be replaced.
+        """
+        has_model = (self.path / "config.json").is_file() and any(self.path.glob("model*.safetensors"))
+        if source is None and not has_model:
+            raise ValueError(
+                f"No model to evaluate: {self.path} holds none. Pass --model_name_or_path, the --output_dir of a "
+                "trained model, or --do_train to train one."
+            )
+        own = source is None or Path(source).resolve() == self.path.resolve()
+        if has_model and not own:
+            raise ValueError(
+                f"{self.path} holds another model than --model_name_or_path {source}; the results would stand beside "
+                "the wrong one. Pass another --output_dir."
+            )
+        self._check_same_evaluation()
+        return str(self.path) if own else source
+
+    @contextmanager
+    def claimed(self):
+        """Keep other runs of training out of the folder while this one lasts.
+
+        Raises:
+            ValueError: where another run is in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"Another run is training into {self.path} now. Pass another --output_dir.") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def record(self):
+        """Write down the options of this run, for later runs to be compared with."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        recorded, now = self._recorded(), {"training": self.training, "evaluation": self.evaluation}
+        options = {kind: recorded.get(kind, {}) | options for kind, options in now.items() if options is not None}
+        write_json(self.path / RECORD, recorded | options)
+
+    def _recorded(self):
+        try:
+            return json.loads((self.path / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def _check_nothing_is_replaced(self, advice=""):
+        found = sorted({path.name for pattern in TRAINING_FILES for path in self.path.glob(pattern)})
+        if found:
+            shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+            raise ValueError(
+                f"{self.path} holds {shown}, which training would write over.{' ' + advice.strip() if advice else ''} "
+                "Pass another --output_dir to begin a new run."
+            )
+
+    def _check_same_run(self):
+        changed = _differences(self._recorded().get("training"), self.training)
+        if changed:
+            raise ValueError(
+                f"The run in {self.path} was started with other options: {changed}. Repeat its command with "
+                "--resume_from_checkpoint true, or pass another --output_dir to begin a new run."
+            )
+
+    def _check_same_evaluation(self):
+        results = sorted({path.name for pattern in RESULT_FILES for path in self.path.glob(pattern)})
+        if not results:
+            return
+        before = self._recorded().get("evaluation") or _evaluation_of_results(self.path)
+        changed = _differences(before, self.evaluation)
+        if changed:
+            raise ValueError(
+                f"{self.path} holds results of another evaluation ({', '.join(results)}), which would be written "
+                f"over: {changed}. Pass another --output_dir"
+                + (f" and --model_name_or_path {self.path}." if any(self.path.glob("model*.safetensors")) else ".")
+            )
+
+
+def _differences(before, now):
+    """Options that both name and that differ, as text; empty where none does."""
+    pairs = [(name, before[name], now[name]) for name in now if name in before] if before else []
+    return ", ".join(f"{name} was {old!r} and is {new!r}" for name, old, new in pairs if old != new)
+
+
+def _evaluation_of_results(folder):
+    """What `test_results.json` alone tells of its evaluation, for folders without a record."""
+    try:
+        results = json.loads((folder / "test_results.json").read_text(encoding="utf-8"))
+        return {"dataset_name": results["dataset"], "protocol": results["protocol"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
