@@ -281,7 +281,7 @@ def test_an_evaluation_judges_the_model_in_the_folder_and_saves_none(finished, s
     (finished / ".run.json").write_text(json.dumps(record))
     run_retrieval.main([*options, stage])
     after = snapshot(finished)
-    results = {"all_results.json", "ranked.png", ".run.json", "bad_rows.json"}  # written again
+    results = {"all_results.json", "eval_results.json", "ranked.png", ".run.json", "bad_rows.json"}  # written again
     assert {name: before[name] for name in before.keys() - results} == {
         name: after[name] for name in after.keys() - results
     }

@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 UNFINISHED = ".unfinished"  # in the output folder; found there after a kill, it is removed by the next save
 PICKLES = (".pt", ".pth", ".bin")  # zip files inside, with a checksum of each tensor
 STATE = "trainer_state.json"
+TORCH_FULL_DISK = ("PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -123,7 +124,7 @@ def _is_full_disk(error):
         return True
     message = str(error)
     numbers = {int(number) for number in re.findall(r"os error (\d+)", message)}
-    return bool(numbers & FULL_DISK) or "PytorchStreamWriter failed writing" in message
+    return bool(numbers & FULL_DISK) or any(sign in message for sign in TORCH_FULL_DISK)
 
 
 def write_json(path, content):
