@@ -112,12 +112,14 @@ def save_pipeline_code(model, folder):
     """
     source = Path(__file__).with_name(PIPELINE_FILE)
     if not source.is_file():
-        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        source = cached_file(model.config._name_or_path, PIPELINE_FILE, **quiet)
+        try:
+            source = cached_file(model.config._name_or_path, PIPELINE_FILE)
+        except OSError:  # the model was made in memory, its folder is gone, or the Hub cannot be reached
+            source = None
     if source is None:
         logger.warning(
-            "%s of %s cannot be read, so %s was saved without it: load a model from there, not a pipeline.",
-            PIPELINE_FILE, model.config._name_or_path, folder,
+            "%s was not found beside the checkpoint this model came from (%r), so %s was saved without it: models "
+            "load from there, pipelines need that file.", PIPELINE_FILE, model.config._name_or_path, folder,
         )  # fmt: skip
         return
     shutil.copyfile(source, Path(folder, PIPELINE_FILE))

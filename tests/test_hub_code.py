@@ -3,6 +3,7 @@ by the auto classes alone where it is."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,32 @@ def test_the_network_comes_out_of_a_retrieval_checkpoint_whole(saved):
         "logit_scale",
     }
     assert isinstance(network, IeftModel)
+
+
+SAVE_AGAIN = """
+import shutil, sys
+from transformers import AutoModelForSequenceClassification
+folder, first, second, third = sys.argv[1:]
+model = AutoModelForSequenceClassification.from_pretrained(folder, **options)
+model.save_pretrained(first)
+shutil.rmtree(folder)
+model.save_pretrained(second)
+model.config._name_or_path = ""  # as of a model that was made in memory
+model.save_pretrained(third)
+"""
+
+
+def test_a_model_of_own_code_is_saved_again_also_where_its_folder_is_gone(saved, tmp_path):
+    """transformers does not fetch the pipeline's file, which is copied from the folder as long as that is there."""
+    shutil.copytree(saved[0], tmp_path / "copy")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    folders = [str(tmp_path / name) for name in ("copy", "first", "second", "third")]
+    command = [sys.executable, "-c", WITHOUT_PROJECT + SAVE_AGAIN, *folders]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "first" / "pipeline_ieft.py").is_file()
+    assert "pipelines need that file" in done.stderr
+    for folder in ("first", "second", "third"):
+        assert (tmp_path / folder / "model.safetensors").is_file()
+        assert (tmp_path / folder / "ranking_ieft.py").is_file()
