@@ -34,18 +34,18 @@ from starlette.responses import JSONResponse
 from transformers.utils import logging
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor, draw_scene
+from ieft.data.images import describe_picture, read_picture
 from ieft.search.archive_files import find_images, read_hit
 from ieft.search.command import to_geojson
 from ieft.search.explain import draw_heat_map, explain_pair
 from ieft.search.index import ImageIndex
-from processing_ieft import to_rgb
 
 MEGABYTE = 1 << 20
 LARGEST_UPLOAD = 10 * MEGABYTE
 LARGEST_QUESTION = MEGABYTE // 4  # what the page sends but uploads
 MOST_PIXELS = 40_000_000
 MOST_CHARACTERS = 500
-UPLOAD_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+UPLOAD_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # that the page offers
 NEEDED_TO_READ = re.compile(
     r"/(config|theme\.css|manifest\.json|favicon\.ico|robots\.txt|(assets|static)/.+)?|/gradio_api/"
     r"(info|app_id|startup-events|queue/data|upload_progress|heartbeat/\w+|file=/.+)"
@@ -288,18 +288,21 @@ def read_upload(file):
     """An image that somebody sent as PIL RGB.
 
     Raises:
-        ValueError: for what is no image of a usual kind, or one of too many pixels.
+        ValueError: for what is no image of a usual kind, one of too many pixels, or one whose bands must be chosen.
     """
     try:
-        with warnings.catch_warnings(), Image.open(file, formats=UPLOAD_FORMATS) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata
-            if image.width * image.height <= MOST_PIXELS:
-                return to_rgb(image)
-            size = f"{image.width:,} x {image.height:,}"
+            width, height, _ = describe_picture(file)
+            if width * height <= MOST_PIXELS:
+                return read_picture(file)
+        size = f"{width:,} x {height:,}"
     except Image.DecompressionBombError:
         size = "many more"
-    except Exception:  # decoders raise whatever damaged bytes lead them to
-        kinds = ", ".join(UPLOAD_FORMATS)
+    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+        kinds, reason = ", ".join(UPLOAD_FORMATS), str(error.__cause__ or "")
+        if "--bands" in reason:
+            raise ValueError(f"Of this file's bands, which ones to show? {reason.partition(':')[0]}.") from None
         raise ValueError(f"This file cannot be read as an image; a whole one of {kinds} expected.") from None
     raise ValueError(f"An image of up to {MOST_PIXELS:,} pixels expected; this one has {size}.")
 

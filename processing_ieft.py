@@ -1,12 +1,13 @@
 """Images and captions as tensors.
 
-In: images of any PIL mode, arrays, paths or URLs; captions as sentences. Out: `pixel_values` (I, 3, image_size,
-image_size) in [-1, 1], `input_ids` and `attention_mask` (C, L). It knows nothing of pairs, datasets or networks.
+Images that Pillow reads faithfully are read here; others (16-bit colour, no data, more than four bands) by the one
+reader of the package (`ieft.data.images`), which `import ieft` makes known, or they are refused by name.
 """
 
 import base64
 import io
 import os
+import time
 
 import httpx
 import numpy as np
@@ -31,6 +32,20 @@ MAX_CAPTION_TOKENS = 2**16
 # PIL knows some forty more, and starts a program to read one of them (EPS).
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
 URL_TIMEOUT = 20  # seconds without an answer
+URL_SECONDS = 120  # for all of an image
+MAX_IMAGE_BYTES = 2**28  # of a URL or in base64
+# Tags of TIFF and of GDAL.
+BITS_PER_SAMPLE, SAMPLES_PER_PIXEL, COLOR_MAP, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 277, 320, 338, 339
+GDAL_METADATA, GDAL_NO_DATA = 42112, 42113
+UNSIGNED = 1
+KIND_OF_PAGE, MASK, MOST_PAGES = 254, 4, 32
+ORIENTATION = 0x0112  # of EXIF
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+FULL_READER = None  # of files that Pillow would spoil: path or bytes -> PIL RGB
 
 
 def stretch_to_bytes(band):
@@ -58,40 +73,102 @@ def open_lazily(file):
     return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
 
 
+def is_faithful(image):
+    """Whether what Pillow makes of an opened file has all that the network could see."""
+    if getattr(image, "format", None) != "TIFF":
+        keeps_upper_byte = ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I")
+        return not keeps_upper_byte and getattr(image, "format", None) != "JPEG2000"
+    tags = image.tag_v2
+    bits, kinds = max(tags.get(BITS_PER_SAMPLE, (1,))), set(tags.get(SAMPLE_FORMAT, (UNSIGNED,)))
+    if GDAL_NO_DATA in tags or "colorinterp" in str(tags.get(GDAL_METADATA, "")).lower():
+        return False
+    if EXTRA_SAMPLES in tags or (COLOR_MAP in tags and image.mode != "P") or _has_mask(image):
+        return False  # an alpha that may be none; colours and masks that Pillow does not apply
+    if bits <= 8:
+        return kinds == {UNSIGNED}
+    return tags.get(SAMPLES_PER_PIXEL, 1) == 1 and (bits == 16 or image.mode == "F")
+
+
+def _has_mask(image):
+    """Whether one of the first pages of a TIFF is a mask of what is transparent."""
+    found, page = False, image.tell()
+    try:
+        for number in range(min(image.n_frames, MOST_PAGES)):
+            image.seek(number)
+            found = found or bool(image.tag_v2.get(KIND_OF_PAGE, 0) & MASK)
+        image.seek(page)
+    except Exception:  # a page that Pillow does not know, such as a mask of one bit
+        return True
+    return found
+
+
+def check_bands(bands, count):
+    """Raises a ValueError where an image of `count` bands lacks one that was asked for."""
+    if max(bands) > count:
+        raise ValueError(f"it has bands 1 to {count}; band {max(bands)} was asked for")
+
+
 def open_picture(file):
-    """An image file, a path or its bytes, as `to_rgb` gives it.
+    """An image file, a path or its bytes, as PIL RGB.
 
     Raises:
         FileNotFoundError: where there is no such file.
-        ValueError: for a file in none of `FORMATS`, damaged, or of more pixels than PIL's `MAX_IMAGE_PIXELS` allows.
+        ValueError: for a file in none of `FORMATS`, damaged, of more pixels than PIL's `MAX_IMAGE_PIXELS` allows, or
+            one that Pillow would spoil, where the package's own reader is not known.
     """
     try:
         with open_lazily(file) as image:
-            return to_rgb(image)
+            if is_faithful(image):
+                return to_rgb(image)
     except FileNotFoundError:
         raise
     except Exception as error:  # of garbage, PIL's readers raise anything
-        shown = "image" if isinstance(file, bytes) else file
-        reason = str(error) or type(error).__name__
-        raise ValueError(reason if "cannot identify" in reason else f"{shown} cannot be read: {reason}") from error
+        if FULL_READER is None:
+            shown = "image" if isinstance(file, bytes) else file
+            reason = str(error) or type(error).__name__
+            raise ValueError(reason if "cannot identify" in reason else f"{shown} cannot be read: {reason}") from error
+    if FULL_READER is None:
+        raise _beyond_pillow("This image" if isinstance(file, bytes) else file)
+    return FULL_READER(file)
+
+
+def _beyond_pillow(name):
+    return ValueError(
+        f"{name} has 16-bit colour, no data, several bands or an alpha band, of which Pillow alone would spoil "
+        "something. Pass its path after `import ieft` (pip install 'ieft[geo]'), or make it 8-bit RGB first."
+    )
 
 
 def _fetch(source):
     """The bytes of a URL, of a `data:` URL or of base64, or the path of a file."""
     if source.startswith(("http://", "https://")):
-        try:
-            return httpx.get(source, follow_redirects=True, timeout=URL_TIMEOUT).raise_for_status().content
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            raise OSError(f"{source[:200]} cannot be downloaded: {error}") from error
+        return _download(source)
     if _is_file(source):
         return source
     encoded = source.partition(",")[2] if source.startswith("data:image/") else source
+    if len(encoded) > 4 * MAX_IMAGE_BYTES // 3:
+        raise ValueError(f"An image of up to {MAX_IMAGE_BYTES:,} bytes expected; this base64 holds more.")
     try:
         return base64.b64decode("".join(encoded.split()), validate=True)
     except ValueError as error:
         raise ValueError(
             f"The path of an image file, its URL or its bytes in base64 expected; got {source[:200]!r}."
         ) from error
+
+
+def _download(url):
+    """The bytes of a URL, bounded in size and time."""
+    chunks, size, started = [], 0, time.monotonic()
+    try:
+        with httpx.stream("GET", url, follow_redirects=True, timeout=URL_TIMEOUT) as answer:
+            for chunk in answer.raise_for_status().iter_bytes():
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > MAX_IMAGE_BYTES or time.monotonic() - started > URL_SECONDS:
+                    raise ValueError(f"it is larger than {MAX_IMAGE_BYTES:,} bytes, or takes over {URL_SECONDS} s")
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise OSError(f"{url[:200]} cannot be downloaded: {error}") from error
+    return b"".join(chunks)
 
 
 def _is_file(source):
@@ -107,7 +184,7 @@ def to_rgb(image):
     16-bit, 32-bit and float images are stretched by percentiles (`stretch_to_bytes`), where PIL's own conversion would
     clip them; transparent pixels become black, as the no-data areas of a scene.
     """
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(stretch_to_bytes(np.array(image))).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -116,8 +193,30 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def _upright(image):
+    """An image turned as its EXIF says. PIL's `exif_transpose` also writes EXIF, and fails at that of some cameras."""
+    image.load()  # of a TIFF, this turns it
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except Exception:  # of damaged EXIF, PIL raises anything: the pixels are good all the same
+        orientation = None
+    if orientation not in UPRIGHT:
+        return image
+    turned = image.transpose(UPRIGHT[orientation])
+    turned.info = {name: value for name, value in image.info.items() if name == "transparency"}  # not turned again
+    return turned
+
+
+def is_unit_float(array):
+    """Whether an array is of floats in [0, 1], as torchvision's ToTensor and most networks have them."""
+    array = np.asarray(array)
+    return array.dtype.kind == "f" and array.size > 0 and float(array.min()) >= 0 and float(array.max()) <= 1
+
+
 def array_to_rgb(array):
-    """An array (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 bands -> PIL RGB; other than uint8 is stretched per band.
+    """An array (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 bands -> PIL RGB.
+
+    Bytes are taken as they are, floats in [0, 1] as bytes divided by 255; any others are stretched band by band.
 
     Raises:
         ValueError: for another number of dimensions or bands.
@@ -132,9 +231,27 @@ def array_to_rgb(array):
             f"An image array of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 bands expected; got "
             f"{array.shape}. Choose three bands first."
         )
-    if array.dtype != np.uint8:
+    if is_unit_float(array):
+        array = (array.astype(np.float64) * 255).round().astype(np.uint8)
+    elif array.dtype != np.uint8:
         array = np.stack([stretch_to_bytes(array[:, :, band]) for band in range(array.shape[2])], axis=2)
     return to_rgb(Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array))
+
+
+def image_to_rgb(image):
+    """A PIL image or an array as PIL RGB. A file that Pillow opened but would spoil is read anew.
+
+    Raises:
+        ValueError: where that cannot be done.
+    """
+    if not isinstance(image, Image.Image):
+        return array_to_rgb(image)
+    if is_faithful(image):
+        return to_rgb(image)
+    name = getattr(image, "filename", "")
+    if not name or not _is_file(name):
+        raise _beyond_pillow("This image")
+    return open_picture(name)
 
 
 class IeftImageProcessor(BaseImageProcessor):
@@ -234,7 +351,9 @@ class IeftImageProcessor(BaseImageProcessor):
         return open_picture(_fetch(images)) if isinstance(images, str) else super().fetch_images(images)
 
     def _to_array(self, image, settings):
-        rgb = to_rgb(image) if isinstance(image, Image.Image) else array_to_rgb(image)
+        rgb = image_to_rgb(image)
+        if not isinstance(image, Image.Image) and is_unit_float(image):
+            settings = settings | {"do_rescale": True}  # it is rescaled already, and became bytes here
         if settings["do_resize"]:
             rgb = fit_square(rgb, _side(settings["size"]), settings["fit"])
         return scale_pixels(np.asarray(rgb), settings)
@@ -382,6 +501,8 @@ __all__ = [
     "IeftImageProcessor",
     "IeftProcessor",
     "array_to_rgb",
+    "image_to_rgb",
+    "is_faithful",
     "open_lazily",
     "open_picture",
     "stretch_to_bytes",

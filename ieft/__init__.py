@@ -1,7 +1,7 @@
 """IEFT for Hugging Face: importing this package makes `transformers`' auto classes know IEFT checkpoints.
 
-In: nothing. Out: the public names below. The network, processor and pipeline are loaded at once, since the auto
-classes ask for the classes themselves; everything else on first use.
+The network, processor and pipeline are loaded at once, since the auto classes ask for the classes themselves, and the
+reader of images, which the processor asks for; everything else on first use.
 """
 
 from importlib import import_module
@@ -9,7 +9,9 @@ from importlib import import_module
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
+import processing_ieft
 from configuration_ieft import IeftConfig
+from ieft.data.images import read_picture
 from modeling_ieft import IeftForImageTextRetrieval, IeftModel
 from pipeline_ieft import ImageTextRetrievalPipeline
 from processing_ieft import IeftImageProcessor, IeftProcessor
@@ -26,6 +28,7 @@ LOADED_ON_FIRST_USE = {
     "load_retrieval_dataset": "prepare_datasets",
 }
 
+processing_ieft.FULL_READER = read_picture
 AutoConfig.register("ieft", IeftConfig, exist_ok=True)
 AutoModel.register(IeftConfig, IeftModel, exist_ok=True)
 # As the cross-encoders of text retrieval: a pair goes in, one logit comes out.

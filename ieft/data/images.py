@@ -1,42 +1,35 @@
-"""The one place where image files become RGB pictures.
+"""The one reader of images: any file as RGB, whole or by windows, with the same pixels by every way.
 
-In: an image file, or its bytes. Out: a PIL RGB picture, or one error that names the file and says why there is none.
-It knows nothing of datasets, and changes nothing on disk.
+What Pillow reads faithfully it reads (`processing_ieft.is_faithful`), alone or as a part of datasets and processors.
+What it refuses or would spoil goes to `ieft.data.rasters`, the extra `geo`: several bands deeper than 8 bits, no data,
+more bands than Pillow knows. Images of at most `MAX_PIXELS` are read whole, and their windows cut out of that; larger
+ones are read at a smaller scale as a whole, and by window at full scale.
 
-Pillow reads what it reads faithfully. What it refuses, or would spoil without a word, goes to rasterio (the extra
-`geo`): several bands deeper than 8 bits, of which Pillow keeps the upper byte and so nearly black; no-data values,
-which would take part in the stretch; more bands than Pillow knows. Bands deeper than 8 bits are each stretched from
-their 2nd to their 98th percentile (`processing_ieft.stretch_to_bytes`), bands of 8 bits are taken as they are.
-
-Memory is bounded: a picture has at most `MAX_PIXELS`, and larger files are decoded at a smaller scale. Pillow refuses
-files of more than 179 million pixels as decompression bombs; a TIFF may have more, if its blocks can be read singly.
+Pillow refuses files of more than 179 million pixels as decompression bombs; a TIFF may have more, if its blocks can be
+read one at a time.
 """
 
 import logging
 import re
-import warnings
-from contextlib import contextmanager
-from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from processing_ieft import open_lazily, stretch_to_bytes, to_rgb
+from ieft.data.rasters import Raster, has_raster_driver, is_tiff
+from processing_ieft import check_bands, is_faithful, open_lazily, to_rgb
 
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # what it cannot read, rasterio can
 
 MAX_PIXELS = 2048 * 2048  # the network looks at 384 x 384
-MAX_SCENE_PIXELS = 2**32
-MAX_BLOCK_BYTES = 2**28  # what a TIFF keeps as one piece has to be decoded as one
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# How files begin -> GDAL's name of the kind. It knows others, some of which read further files that a file names.
-DRIVERS = dict.fromkeys(TIFF_STARTS, "GTiff") | {
-    b"\x89PNG": "PNG",
-    b"\0\0\0\x0cjP": "JP2OpenJPEG",
-    b"\xff\x4f\xff\x51": "JP2OpenJPEG",
-}
-BITS_PER_SAMPLE, SAMPLES_PER_PIXEL, SAMPLE_FORMAT, NO_DATA = 258, 277, 339, 42113  # tags of TIFF and of GDAL
-UNSIGNED = 1
+
+
+class Window(NamedTuple):
+    """A part of an image, in pixels from its upper left corner."""
+
+    col: int
+    row: int
+    width: int
+    height: int
 
 
 def read_picture(file, *, bands=None):
@@ -51,24 +44,25 @@ def read_picture(file, *, bands=None):
         FileNotFoundError: where there is no such file.
         ValueError: where it cannot be decoded, or bands have to be chosen first; `__cause__` is the reason alone.
     """
-    try:
-        return _read(file, bands)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{file} is no file: it was moved or deleted.") from error
-    except Exception as error:  # decoders raise errors of all kinds at damaged files
-        raise ValueError(f"{_name(file)} cannot be read as an image: {error or type(error).__name__}") from error
+    with _errors_named(file):
+        image = _read_by_pillow(file, bands, most_pixels=MAX_PIXELS)
+        if image is not None:
+            return image
+        with Raster(file, bands) as raster:
+            return raster.read(share=min(1.0, (MAX_PIXELS / (raster.width * raster.height)) ** 0.5))
 
 
 def is_plain(file, *, bands=None):
-    """Whether Pillow and `processing_ieft.to_rgb` alone give the very picture of `read_picture`.
+    """Whether Pillow and `processing_ieft.to_rgb` alone give the very pixels of `read_picture`.
 
-    Such files can be stored as they are; others as the picture that was read.
+    Such files can be stored as they are; others as the image that was read.
     """
     if bands:
         return False
     try:
         with open_lazily(file) as image:
-            plain = _pillow_is_faithful(image) and image.width * image.height <= MAX_PIXELS
+            plain = is_faithful(image) and image.width * image.height <= MAX_PIXELS
+            ImageOps.exif_transpose(image)  # as the datasets library does, which fails at the EXIF of some cameras
             if plain and image.format == "TIFF":
                 image.load()  # Pillow knows compressions by name that it cannot undo
             return plain
@@ -80,13 +74,13 @@ def describe_picture(file):
     """Width, height and mode of an image file as stored: Pillow's name, or such as "13 x uint16"."""
     try:
         with open_lazily(file) as image:
-            if _pillow_is_faithful(image):
+            if is_faithful(image):
                 return (*image.size, image.mode)
     except Exception:
-        if not _is_tiff(file):
+        if not is_tiff(file):
             raise
-    with _open_scene(file) as scene:
-        return scene.width, scene.height, f"{scene.count} x {scene.dtypes[0]}"
+    with Raster(file, None) as raster:
+        return raster.width, raster.height, f"{raster.dataset.count} x {raster.dataset.dtypes[0]}"
 
 
 def parse_bands(text):
@@ -98,157 +92,124 @@ def parse_bands(text):
     return tuple(int(number) for number in str(text).split(","))
 
 
-def _read(file, bands):
+class Scene:
+    """An image file that windows are read from, for `with`.
+
+    Attributes:
+        width, height: in pixels, of the image as it is shown, turned upright.
+        dataset: as `rasterio.open` gives it, for what the file says of its place; None for other kinds of files, and
+            without rasterio.
+    """
+
+    def __init__(self, file, limits=None, *, bands=None):
+        """Open a file.
+
+        Args:
+            file: a path.
+            limits: from an earlier opening, which spare a reading at a smaller scale.
+            bands: as in `read_picture`.
+
+        Raises:
+            FileNotFoundError, ValueError: as `read_picture`.
+        """
+        self.file, self._raster, self._image = file, None, None
+        with _errors_named(file):
+            width, height, _ = describe_picture(file)
+            if width * height <= MAX_PIXELS or not has_raster_driver(file, windows=True):
+                self._image = _read_by_pillow(file, bands)
+            if self._image is None or has_raster_driver(file):
+                self._raster = self._open_raster(bands, limits)
+            if self._image is None and width * height <= MAX_PIXELS:
+                self._image = self._raster.read()
+            self.width, self.height = self._image.size if self._image else (width, height)
+
+    def _open_raster(self, bands, limits):
+        try:
+            return Raster(self.file, bands, limits)
+        except ImportError:
+            if self._image is None:
+                raise
+            return None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self._raster is not None:
+            self._raster.close()
+
+    @property
+    def dataset(self):
+        return self._raster and self._raster.dataset
+
+    @property
+    def limits(self):
+        """Low and high of each band that is shown, one after the other; None where they are bytes."""
+        return self._raster.limits if self._image is None else None
+
+    def read(self, window):
+        """A window as PIL RGB; what is marked as no data, transparent or not finite is black.
+
+        Raises:
+            ValueError: for pixels that are damaged.
+        """
+        if self._image is not None:
+            col, row, width, height = window
+            return self._image.crop((col, row, col + width, row + height))
+        with _errors_named(self.file):
+            return self._raster.read(window=window)
+
+
+class _errors_named:
+    """Decoders raise errors of all kinds at damaged files: they end in one that names the file."""
+
+    def __init__(self, file):
+        self.name = f"An image of {len(file):,} bytes" if isinstance(file, bytes) else file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"{self.name} is no file: it was moved or deleted.") from error
+        if isinstance(error, Exception):
+            raise ValueError(f"{self.name} cannot be read as an image: {error or kind.__name__}") from error
+
+
+def _read_by_pillow(file, bands, *, most_pixels=None):
+    """An image as RGB if Pillow reads it faithfully, of at most `most_pixels`; None if a `Raster` has to."""
     try:
         with open_lazily(file) as image:
+            small = most_pixels is None or image.width * image.height <= most_pixels
             if image.format == "TIFF":
-                if not bands and _pillow_is_faithful(image) and image.width * image.height <= MAX_PIXELS:
-                    return to_rgb(image)
-            elif _pillow_is_faithful(image):
-                return _shrink(_pick_bands(image, bands))
-            elif image.format == "PNG":
+                return to_rgb(image) if small and not bands and is_faithful(image) else None
+            if is_faithful(image):
+                return _shrink(_pick_bands(image, bands), most_pixels)
+            if image.format == "PNG":
                 image.load()  # GDAL fills up what is truncated, and says nothing
     except Exception:
-        if not _is_tiff(file):
+        if not is_tiff(file):
             raise
-    return _read_scene(file, bands)
-
-
-def _pillow_is_faithful(image):
-    """Whether what Pillow makes of an opened file has all that the network could see."""
-    if image.format != "TIFF":
-        keeps_upper_byte = ";16" in str(image.tile) and not image.mode.startswith("I")
-        return not keeps_upper_byte and image.format != "JPEG2000"
-    tags = image.tag_v2
-    bits, kinds = max(tags.get(BITS_PER_SAMPLE, (1,))), set(tags.get(SAMPLE_FORMAT, (UNSIGNED,)))
-    if bits <= 8:
-        return kinds == {UNSIGNED}
-    return tags.get(SAMPLES_PER_PIXEL, 1) == 1 and (bits == 16 or image.mode == "F") and NO_DATA not in tags
+    return None
 
 
 def _pick_bands(image, bands):
     if not bands:
         return image
-    _check_bands(bands, len(image.getbands()))
+    check_bands(bands, len(image.getbands()))
     channels = [image.getchannel(band - 1) for band in bands]
     return Image.merge("RGB", channels) if len(channels) == 3 else channels[0]
 
 
-def _shrink(image):
+def _shrink(image, most_pixels):
     """An image as RGB; a large JPEG is decoded at half, a quarter or an eighth of its size."""
-    share = (MAX_PIXELS / (image.width * image.height)) ** 0.5
+    if most_pixels is None:
+        return to_rgb(image)
+    share = (most_pixels / (image.width * image.height)) ** 0.5
     if share < 1 and image.format == "JPEG":
         image.draft(None, (int(image.width * share), int(image.height * share)))
     rgb = to_rgb(image)
-    share = (MAX_PIXELS / (rgb.width * rgb.height)) ** 0.5
+    share = (most_pixels / (rgb.width * rgb.height)) ** 0.5
     if share < 1:
         rgb.thumbnail((max(1, int(rgb.width * share)), max(1, int(rgb.height * share))), reducing_gap=2.0)
     return rgb
-
-
-# Scenes: what rasterio reads ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _open_scene(file):
-    """A file opened by rasterio, alone: no neighbour of the file is looked at."""
-    try:
-        import rasterio
-        from rasterio.io import MemoryFile
-    except ImportError as error:
-        raise ValueError("images of this kind are read by rasterio: pip install 'ieft[geo]'") from error
-    logging.getLogger("rasterio").setLevel(logging.CRITICAL)  # what is wrong is raised, not printed too
-    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
-    options = {"driver": _driver(file), "sharing": False}
-    with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_CACHEMAX=64, GDAL_PAM_ENABLED="NO"):
-        if isinstance(file, bytes):
-            with MemoryFile(file) as held, rasterio.open(held.name, **options) as scene:
-                yield scene
-        else:
-            with rasterio.open(Path(file).resolve(), **options) as scene:
-                yield scene
-
-
-def _read_scene(file, bands):
-    with _open_scene(file) as scene:
-        _check_size(scene)
-        pixels, palette = _read_bands(scene, _choose_bands(scene, bands))  # (N, H, W), N 1 or 3
-    if palette is not None:
-        return Image.fromarray(palette[pixels[0].filled(0)])
-    if pixels.dtype == np.uint8:
-        pixels = pixels.filled(0)  # no-data is black
-    else:
-        pixels = np.stack([stretch_to_bytes(band.astype(np.float64).filled(np.nan)) for band in pixels])
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).convert("RGB")
-
-
-def _read_bands(scene, chosen):
-    """The chosen bands as a masked array, averaged where the scene is large; and its colours (V, 3) or None."""
-    from rasterio.enums import ColorInterp, Resampling
-
-    share = min(1.0, (MAX_PIXELS / (scene.width * scene.height)) ** 0.5)
-    shape = (len(chosen), max(1, int(scene.height * share)), max(1, int(scene.width * share)))
-    palette, how = None, Resampling.average
-    if len(chosen) == 1 and scene.colorinterp[chosen[0] - 1] == ColorInterp.palette:
-        colours = scene.colormap(chosen[0])
-        palette = np.array([colours.get(value, (0, 0, 0))[:3] for value in range(max(colours) + 1)], dtype=np.uint8)
-        how = Resampling.nearest
-    pixels = scene.read(chosen, out_shape=shape, resampling=how, masked=True)
-    return (np.ma.abs(pixels) if pixels.dtype.kind == "c" else pixels), palette
-
-
-def _choose_bands(scene, bands):
-    """Band numbers, from 1: those asked for, those said to be red, green and blue, or the only one or three.
-
-    Raises:
-        ValueError: where there is no such band, or a choice has to be made.
-    """
-    if bands:
-        _check_bands(bands, scene.count)
-        return list(bands)
-    kinds = [kind.name for kind in scene.colorinterp]
-    if {"red", "green", "blue"} <= set(kinds):
-        return [kinds.index(name) + 1 for name in ("red", "green", "blue")]
-    seen = [number for number, kind in enumerate(kinds, start=1) if kind != "alpha"]
-    if len(seen) not in (1, 3):
-        raise ValueError(f"it has {scene.count} bands: choose three, such as --bands 3,2,1, counted from 1")
-    return seen
-
-
-def _check_bands(bands, count):
-    if max(bands) > count:
-        raise ValueError(f"it has bands 1 to {count}; band {max(bands)} was asked for")
-
-
-def _check_size(scene):
-    """Refuse what cannot be read in bounded memory and time."""
-    height, width = scene.block_shapes[0]
-    block = height * width * scene.count * np.dtype(scene.dtypes[0]).itemsize
-    if scene.width * scene.height > MAX_SCENE_PIXELS or block > MAX_BLOCK_BYTES:
-        raise ValueError(
-            f"{scene.width} x {scene.height} pixels in blocks of {width} x {height}, too large to be read safely, "
-            "could be a decompression bomb: save it as a TIFF of tiles, or cut it"
-        )
-
-
-def _is_tiff(file):
-    return _start(file).startswith(TIFF_STARTS)
-
-
-def _driver(file):
-    start = _start(file)
-    driver = next((driver for magic, driver in DRIVERS.items() if start.startswith(magic)), None)
-    if driver is None:
-        raise ValueError("it is no image of a kind that is known")
-    return driver
-
-
-def _start(file):
-    if isinstance(file, bytes):
-        return file[:8]
-    with open(file, "rb") as opened:
-        return opened.read(8)
-
-
-def _name(file):
-    return f"An image of {len(file):,} bytes" if isinstance(file, bytes) else file

@@ -39,9 +39,10 @@ def read_hit(hit):
     Raises:
         FileNotFoundError, ValueError: for a file that is gone, or cannot be decoded.
     """
+    bands = tuple(hit.get("bands") or ()) or None
     if not hit["tiling"] or not Path(hit["file"]).exists():
-        return read_picture(hit["file"])
-    with Scene(hit["file"], hit["limits"]) as scene:
+        return read_picture(hit["file"], bands=bands)
+    with Scene(hit["file"], hit["limits"], bands=bands) as scene:
         return scene.read(Window(hit["col"], hit["row"], hit["tile_width"], hit["tile_height"]))
 
 

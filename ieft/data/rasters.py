@@ -1,0 +1,262 @@
+"""Image files that GDAL reads for the one reader (`ieft.data.images`): any bands, any bit depth, by window.
+
+Only formats known by their content are opened, by their own driver alone, and no other file is looked at: GDAL knows
+formats that read whatever a file names, and would take a file's neighbours for parts of it.
+"""
+
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from processing_ieft import STRETCH_PERCENTILES, check_bands
+
+MAX_SCENE_PIXELS = 2**32
+MAX_BLOCK_BYTES = 2**28  # what a TIFF keeps as one piece has to be decoded as one
+CACHE_MEGABYTES = 64
+REDUCED = 1024  # longest side of the reading that limits and the kind of a fourth band are taken from
+MOST_PARTLY_TRANSPARENT = 0.01  # of the pixels of an alpha band; a picture in its place has more
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# How files begin -> GDAL's name of the kind.
+DRIVERS = dict.fromkeys(TIFF_STARTS, "GTiff") | {
+    b"\x89PNG": "PNG",
+    b"\0\0\0\x0cjP": "JP2OpenJPEG",
+    b"\xff\x4f\xff\x51": "JP2OpenJPEG",
+}
+BY_WINDOW = ("GTiff", "JP2OpenJPEG")  # a PNG is decoded whole anyway
+
+
+def is_tiff(file):
+    """Whether a path, or the bytes of a file, is a TIFF by its first bytes."""
+    return _start(file).startswith(TIFF_STARTS)
+
+
+def has_raster_driver(file, *, windows=False):
+    """Whether a file is of a kind that `Raster` opens, or with `windows` reads by window."""
+    return _driver(file) in (BY_WINDOW if windows else DRIVERS.values())
+
+
+class Raster:
+    """A file opened by rasterio, alone, for `with`.
+
+    Attributes:
+        width, height: in pixels.
+        dataset: as `rasterio.open` gives it.
+    """
+
+    def __init__(self, file, bands=None, limits=None):
+        """Open a path, or the bytes of a file.
+
+        Args:
+            bands: numbers, from 1, of three bands or one; None takes those that the file says are red, green and blue,
+                or all where there are one or three. They are chosen when pixels are read.
+            limits: of the stretch, as `limits` gives them.
+
+        Raises:
+            ImportError: without rasterio.
+            ValueError: for a file of another kind, or one that cannot be read in bounded memory.
+        """
+        self.rasterio = _import_rasterio()
+        driver = _driver(file)
+        if driver is None:
+            raise ValueError("it is no image of a kind that is known")
+        self._memory = self.rasterio.io.MemoryFile(file) if isinstance(file, bytes) else None
+        place = self._memory.name if self._memory else Path(file).resolve()
+        with self._environment():
+            self.dataset = self.rasterio.open(place, driver=driver, sharing=False)
+        self.width, self.height = self.dataset.width, self.dataset.height
+        self._bands, self._limits, self._chosen = bands, limits, None
+        try:
+            _check_size(self.dataset)
+        except ValueError:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        self.dataset.close()
+        if self._memory:
+            self._memory.close()
+
+    def _environment(self):
+        warnings.filterwarnings("ignore", category=self.rasterio.errors.NotGeoreferencedWarning)
+        return self.rasterio.Env(
+            GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_CACHEMAX=CACHE_MEGABYTES, GDAL_PAM_ENABLED="NO"
+        )
+
+    @property
+    def bands(self):
+        """Numbers, from 1, of the bands that are shown.
+
+        Raises:
+            ValueError: where there is no such band, or a choice has to be made.
+        """
+        if self._chosen is None:
+            self._chosen = self._choose_bands()
+        return self._chosen
+
+    @property
+    def limits(self):
+        """Low and high of each band that is shown, one after the other: percentiles of a reading at a smaller scale.
+        None where pixels are bytes."""
+        if self._limits is None and self.dataset.dtypes[self.bands[0] - 1] != "uint8":
+            pixels, is_data = self._read(shape=self._reduced_shape(), how="nearest")
+            self._limits = [float(limit) for band in pixels for limit in find_limits(band, is_data)]
+        return self._limits
+
+    def read(self, window=None, *, share=1.0):
+        """The image, or a window of it, as PIL RGB; what is marked as no data, transparent or not finite is black.
+
+        Args:
+            window: (col, row, width, height) in pixels.
+            share: of the width and height that is kept.
+        """
+        col, row, width, height = window or (0, 0, self.width, self.height)
+        part = ((row, row + height), (col, col + width))
+        shape = (max(1, int(height * share)), max(1, int(width * share)))
+        palette = self._palette()
+        pixels, is_data = self._read(part, shape, how="nearest" if palette is not None else "average")
+        if palette is not None:
+            pixels = palette[pixels[0].clip(0, len(palette) - 1)].transpose(2, 0, 1)
+        elif self.limits is not None:
+            limits = zip(self.limits[::2], self.limits[1::2], strict=True)
+            pixels = np.stack([stretch(band, *each) for band, each in zip(pixels, limits, strict=True)])
+        else:
+            pixels = self._full_range(pixels)
+        pixels = np.where(is_data, pixels, 0).astype(np.uint8)  # (1 or 3, H, W)
+        return Image.fromarray(np.broadcast_to(pixels, (3, *is_data.shape)).transpose(1, 2, 0).copy())
+
+    def _read(self, part=None, shape=None, how="average"):
+        """Bands (1 or 3, h, w), and where they hold data (h, w)."""
+        resampling = self.rasterio.enums.Resampling
+        with self._environment():
+            options = {"window": part, "out_shape": shape}
+            pixels = self.dataset.read(self.bands, resampling=resampling[how], masked=True, **options)
+            pixels = np.ma.abs(pixels) if pixels.dtype.kind == "c" else pixels
+            is_data = (
+                ~np.ma.getmaskarray(pixels).all(axis=0) if self._has_no_data() else np.ones(pixels.shape[1:], bool)
+            )
+            if self._mask_band() is not None:
+                mask = self.dataset.read(self._mask_band(), resampling=resampling.nearest, **options)
+                is_data = is_data & (mask > 0)
+            elif self._has_mask():
+                is_data = is_data & (self.dataset.read_masks(self.bands[0], **options) > 0)
+        return pixels.data, is_data
+
+    def _has_no_data(self):
+        return any(self.dataset.nodatavals[band - 1] is not None for band in self.bands)
+
+    def _has_mask(self):
+        flags = self.dataset.mask_flag_enums[self.bands[0] - 1]
+        mask_flags = self.rasterio.enums.MaskFlags
+        return mask_flags.per_dataset in flags and mask_flags.alpha not in flags
+
+    def _mask_band(self):
+        """The number of the alpha band, if there is one that marks what is transparent."""
+        kinds = [kind.name for kind in self.dataset.colorinterp]
+        return kinds.index("alpha") + 1 if "alpha" in kinds and self._alpha_is_mask(kinds.index("alpha") + 1) else None
+
+    def _alpha_is_mask(self, band):
+        """Whether an alpha band is one. Writers call a fourth band alpha unless they are told otherwise."""
+        if not hasattr(self, "_is_mask"):
+            with self._environment():
+                levels = self.dataset.read(band, out_shape=self._reduced_shape())
+            partly = (levels != 0) & (levels != levels.max())
+            self._is_mask = bool(partly.mean() <= MOST_PARTLY_TRANSPARENT)
+        return self._is_mask
+
+    def _choose_bands(self):
+        if self._bands:
+            check_bands(self._bands, self.dataset.count)
+            return list(self._bands)
+        kinds = [kind.name for kind in self.dataset.colorinterp]
+        if "alpha" in kinds and not self._alpha_is_mask(kinds.index("alpha") + 1):
+            raise ValueError(
+                f"band {kinds.index('alpha') + 1} of {len(kinds)} is called alpha and holds a picture, such as near "
+                "infrared: choose three bands, such as --bands 1,2,3, counted from 1"
+            )
+        if {"red", "green", "blue"} <= set(kinds):
+            return [kinds.index(name) + 1 for name in ("red", "green", "blue")]
+        seen = [number for number, kind in enumerate(kinds, start=1) if kind != "alpha"]
+        if len(seen) not in (1, 3):
+            raise ValueError(f"it has {self.dataset.count} bands: choose three, such as --bands 3,2,1, counted from 1")
+        return seen
+
+    def _palette(self):
+        """Colours by level (V, 3), or None."""
+        if len(self.bands) != 1 or self.dataset.colorinterp[self.bands[0] - 1].name != "palette":
+            return None
+        colours = self.dataset.colormap(self.bands[0])
+        return np.array([colours.get(level, (0, 0, 0))[:3] for level in range(max(colours) + 1)], np.uint8)
+
+    def _full_range(self, pixels):
+        """Bytes of which fewer bits are used, or that count from white, as bytes from black to white."""
+        tags = self.dataset.tags(self.bands[0], ns="IMAGE_STRUCTURE") | self.dataset.tags(ns="IMAGE_STRUCTURE")
+        bits = int(tags.get("NBITS", 8))
+        if bits < 8:
+            pixels = (pixels.astype(np.uint16) * 255 // (2**bits - 1)).astype(np.uint8)
+        return 255 - pixels if tags.get("MINISWHITE") == "YES" else pixels
+
+    def _reduced_shape(self):
+        shrink = max(1, max(self.width, self.height) / REDUCED)
+        return max(1, int(self.height / shrink)), max(1, int(self.width / shrink))
+
+
+def find_limits(band, is_data):
+    """The 2nd and 98th percentile of a band's finite pixels that hold data; (0, 0) where there are none."""
+    known = band[is_data & np.isfinite(band)]
+    if not known.size:
+        return 0, 0
+    low, high = np.percentile(known.astype(np.float64), STRETCH_PERCENTILES)
+    return (low, high) if high > low else (known.min(), known.max())
+
+
+def stretch(band, low, high):
+    """A band between its limits as uint8; mid-grey where they are equal, black where it is 0 or not finite then."""
+    finite = np.isfinite(band)
+    if high <= low:
+        return np.where(finite & (band != 0), 128, 0).astype(np.uint8)
+    scaled = (np.where(finite, band, low).astype(np.float64) - low) / (high - low)
+    return (scaled.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _check_size(dataset):
+    """Refuse what cannot be read in bounded memory and time."""
+    height, width = dataset.block_shapes[0]
+    block = height * width * dataset.count * np.dtype(dataset.dtypes[0]).itemsize
+    if dataset.width * dataset.height > MAX_SCENE_PIXELS or block > MAX_BLOCK_BYTES:
+        raise ValueError(
+            f"{dataset.width} x {dataset.height} pixels in blocks of {width} x {height}, too large to be read safely, "
+            "could be a decompression bomb: save it as a TIFF of tiles, or cut it"
+        )
+
+
+def _import_rasterio():
+    try:
+        import rasterio
+        import rasterio.enums
+        import rasterio.errors
+        import rasterio.io
+    except ImportError as error:
+        raise ImportError("images of this kind are read by rasterio: pip install 'ieft[geo]'") from error
+    logging.getLogger("rasterio").setLevel(logging.CRITICAL)  # what is wrong is raised, not printed too
+    return rasterio
+
+
+def _driver(file):
+    start = _start(file)
+    return next((driver for magic, driver in DRIVERS.items() if start.startswith(magic)), None)
+
+
+def _start(file):
+    if isinstance(file, bytes):
+        return file[:8]
+    with open(file, "rb") as opened:
+        return opened.read(8)
