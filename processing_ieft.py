@@ -369,8 +369,10 @@ class IeftImageProcessor(BaseImageProcessor):
 
 def _side(size):
     """The side of a square that `image_size` or `size` names: a whole number, or {"height": 384, "width": 384}."""
-    sides = set(size.values()) if isinstance(size, dict) and size.keys() == {"height", "width"} else {size}
-    side = sides.pop() if len(sides) == 1 and not isinstance(size, list | set) else None
+    if isinstance(size, dict) and size.keys() == {"height", "width"} and size["height"] == size["width"]:
+        side = size["height"]
+    else:
+        side = size
     if type(side) is not int or not 0 < side <= MAX_SIDE:
         raise ValueError(
             f"image_size must be a whole number from 1 to {MAX_SIDE:,}, or size a square such as "
