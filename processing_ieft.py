@@ -486,7 +486,10 @@ class IeftProcessor(ProcessorMixin):
         unknown = sorted((kwargs.keys() - groups.keys() | nested) - known)
         if unknown:
             raise ValueError(f"There is no option {', '.join(unknown)}; there are {', '.join(sorted(known))}.")
-        merged = self._merge_kwargs(IeftProcessorKwargs, **kwargs)
+        try:
+            merged = self._merge_kwargs(IeftProcessorKwargs, **kwargs)
+        except Exception as error:  # of a value of a wrong type, transformers' checks have errors of their own
+            raise ValueError(f"An option of the processor cannot be used: {error}") from error
         return {
             group: {name: value for name, value in merged[group].items() if name != "return_tensors"}
             for group in groups
