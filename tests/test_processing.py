@@ -183,7 +183,7 @@ def test_the_usual_options_of_a_processor_mean_what_they_mean_in_transformers(pr
         ({"images": Image.new("RGB", (4, 4)), "size": {"shortest_edge": 9}}, "size a square"),
         ({"images": Image.new("RGB", (4, 4)), "fit": "pad"}, "fit must be one of"),
         ({"images": Image.new("RGB", (4, 4)), "image_std": [0.0, 0.0, 0.0]}, "must not hold 0"),
-        ({"max_length": "long"}, "option of the processor cannot be used"),
+        ({"images": Image.new("RGB", (4, 4)), "image_mean": "half"}, "option of the processor cannot be used"),
     ],
 )
 def test_options_that_a_processor_does_not_have_are_refused(processor, options, message):
