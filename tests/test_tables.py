@@ -66,7 +66,12 @@ def test_a_table_comes_back_exactly(writer, rows):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.csv"
         path.write_bytes(WRITERS[writer](named))
-        assert captions_of(path) == {name: ([caption], spelled[split]) for name, caption, split in named}
+        try:
+            found = captions_of(path)
+        except ValueError as error:  # right or refused; what Excel, pandas and the csv module write unasked is right
+            assert writer == "pandas, escaped quotes" and "the two readings differ" in str(error)
+        else:
+            assert found == {name: ([caption], spelled[split]) for name, caption, split in named}
 
 
 LISTS = st.lists(CAPTION, min_size=1, max_size=4)
@@ -153,6 +158,22 @@ def test_what_cannot_be_read_is_refused_with_its_line_and_remedy(tmp_path, conte
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_source(tmp_path / "a.csv", "a")
+
+
+@pytest.mark.parametrize(
+    "content, captions",
+    [
+        ('image, caption\na.png, "a river, wide"\nb.png, a lake\n', ["a river, wide", " a lake"]),
+        ('image,caption\na.png," ""a"""\nb.png, a\n', [' "a"', " a"]),
+        ('image,caption,split\na.png,"\\"big\\" river\nwide",train\n', ['"big" river\nwide']),
+    ],
+)
+def test_quotes_after_blanks_and_backslashes(tmp_path, content, captions):
+    (tmp_path / "a.csv").write_text(content)
+    found = [each["captions"][0] for each in read_source(tmp_path / "a.csv", "a").rows]
+    if content.startswith("image, "):  # blanks around captions are taken off when captions are checked
+        found, captions = [each.strip() for each in found], [each.strip() for each in captions]
+    assert found == captions
 
 
 def test_headers_as_people_write_them(tmp_path):

@@ -23,6 +23,7 @@ BYTE_ORDER_MARKS = {
 }
 QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 LIST_OF_STRINGS = re.compile(rf"\s*{QUOTED}(?:(?:\s*,\s*|\s+){QUOTED})*\s*,?\s*", re.DOTALL)
+SPACE_AND_QUOTES = re.compile(r"[ ]+\".*\"\s*", re.DOTALL)
 MAX_CELL_LIST = 1_000_000  # letters of a list in a cell
 
 
@@ -108,15 +109,17 @@ def _parse(path, text, delimiter, first_line):
     escaped by a backslash, after blanks, or, between tabs, as letters like others.
     """
     plain, fault = _try(text, delimiter, first_line, doublequote=True)
-    if plain and any(re.match(r"\s+\".*\"\s*\Z", field, re.DOTALL) for _, row in plain for field in row):
-        plain, fault = _try(text, delimiter, first_line, skipinitialspace=True)
+    if plain and any(SPACE_AND_QUOTES.fullmatch(field) for _, row in plain for field in row):
+        plain = _without_outer_quotes(plain, _try(text, delimiter, first_line, skipinitialspace=True)[0])
     if '\\"' in text or (fault and "\\" in text):
         escaped, _ = _try(text, delimiter, first_line, doublequote=False, escapechar="\\")
         if plain and escaped and plain != escaped:
-            raise ValueError(
-                f'{path}: its quotes could be escaped by a backslash (\\") or doubled (""), and the two readings '
-                "differ. Save it again with doubled quotes, as Excel, pandas and the csv module do."
-            )
+            if _is_even(plain) == _is_even(escaped):
+                raise ValueError(
+                    f'{path}: its quotes could be escaped by a backslash (\\") or doubled (""), and the two readings '
+                    "differ. Save it again with doubled quotes, as Excel, pandas and the csv module do."
+                )
+            plain = escaped if _is_even(escaped) else plain
         plain = plain or escaped
     if not plain:
         plain, _ = _try(text, delimiter, first_line, skipinitialspace=True)
@@ -125,6 +128,21 @@ def _parse(path, text, delimiter, first_line):
     if not plain:
         raise ValueError(f"{path}, {fault}")
     return plain
+
+
+def _without_outer_quotes(plain, spaced):
+    """The rows, where a field that is quoted after a blank (`a.png, "a river"`) is what stands in its quotes."""
+    if not spaced or [len(row) for _, row in plain] != [len(row) for _, row in spaced]:
+        return spaced or plain
+    return [
+        (line, [other if SPACE_AND_QUOTES.fullmatch(own) else own for own, other in zip(row, others, strict=True)])
+        for (line, row), (_, others) in zip(plain, spaced, strict=True)
+    ]
+
+
+def _is_even(rows):
+    """Whether all rows have as many fields as the first."""
+    return len({len(row) for _, row in rows}) == 1
 
 
 def _try(text, delimiter, first_line, **dialect):
