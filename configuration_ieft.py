@@ -1,7 +1,4 @@
-"""The shape of an IEFT network.
-
-In: sizes. Out: an `IeftConfig`, saved as `config.json`. It knows nothing of weights, images or captions.
-"""
+"""Configuration of an IEFT network, saved as `config.json`."""
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import ViltConfig

@@ -1,14 +1,11 @@
-"""The modules of IEFT: embeddings, joint blocks, visual enhancement stages and the encoder that chains them.
-
-In: token ids, pixels or hidden states, and an `IeftConfig`. Out: hidden states. It knows nothing of scores, or
-of how weights start.
+"""The layers of IEFT: embeddings, transformer blocks, visual enhancement stages and the encoder that chains them.
 
 Paper: Tang, Wang, Ma, Zhang, Liu, Jiao, "Interacting-Enhancing Feature Transformer for Cross-Modal Remote-Sensing
 Image and Text Retrieval", IEEE TGRS 2023 (FEM, IMRI, VFE and RM are its modules). Base network: ViLT-B/32, Kim et
 al., ICML 2021; weight names follow transformers' ViLT.
 
 Dimension letters: I images, C captions, B pairs, L caption tokens, P patches (G x G), S = L + 1 + P tokens of a pair,
-Q tokens that are asked for, D width, H heads, W width of the gated convolution.
+Q query tokens, D hidden size, H heads, W width of the gated convolution.
 """
 
 from typing import NamedTuple

@@ -1,9 +1,7 @@
-"""IEFT: one transformer that reads a caption and an image together and gives a matching score.
+"""IEFT, a cross-encoder: one transformer reads a caption and an image together and gives a matching score.
 
-In: caption token ids and square image tensors. Out: hidden states, matching scores, and (with contrastive heads) an
-embedding of each image and each caption. It knows nothing of files, datasets, losses or rankings.
-
-Paper and dimension letters: see `layers_ieft.py`; E is the width of the contrastive embeddings.
+With contrastive heads the same network also gives an embedding of each image and each caption. Paper and dimension
+letters: see `layers_ieft.py`; E is the size of the contrastive embeddings.
 """
 
 import math

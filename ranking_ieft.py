@@ -1,4 +1,4 @@
-"""Ranking images for a caption or captions for an image with a loaded network, and the files beside its weights.
+"""Ranking with a loaded network (captions for an image, images for a caption), and the files beside its weights.
 
 `RankingMixin` gives a network `rank` and `push_to_hub`, as transformers' `GenerationMixin` gives `generate`.
 """

@@ -1,11 +1,7 @@
-"""A copy of a network for ranking on a CPU: its matrices laid out beforehand as oneDNN multiplies them.
+"""An inference-only copy of a network for ranking on a CPU, with oneDNN-prepacked weights.
 
-In: a network in float32, in any make of linear maps, layer norms and depthwise convolutions. Out: a copy that gives
-the same, or with bfloat16 nearly the same; it shares what it does not change, and cannot be trained. It does not know
-what the network computes.
-
-In bfloat16 the matrices, and what is multiplied with them, are rounded; sums over the blocks and layer norms stay in
-float32.
+The copy gives the results of the float32 original, approximately so in bfloat16, and shares the modules that it does
+not change. In bfloat16, weights and their inputs are rounded; residual sums and layer norms stay in float32.
 """
 
 import copy

@@ -1,10 +1,7 @@
-"""Recall at k of image-text retrieval, strict and duplicate-aware.
+"""Recall at k of image-text retrieval, strict and duplicate-aware, in percent, from a image-by-caption score matrix.
 
-In: a score matrix of images x captions, and who wrote which caption for which image. Out: recalls in percent. It needs
-numpy alone and knows nothing of models, images or sentences beyond their ids.
-
-A query is answered at k if any right item is among the k best. Ranks are counted, not sorted. Items with equal scores
-count by the expectation over all orders of the tie, computed exactly: a model that scores all alike gets chance.
+A query counts as a hit at k if any relevant item is among the k best. Ranks are counted, not sorted. Tied scores count
+by the exact expectation over all orders of the tie, so that a model that scores everything alike gets chance level.
 """
 
 import numpy as np

@@ -1,14 +1,13 @@
 """Scores of images and captions by the cross-encoder: the whole matrix, or chosen pairs.
 
-In: a model, images as tensors by row, captions as token ids. Out: float32 scores, higher is better. Of the model,
-four methods are known here: `prepare_images`, `prepare_captions`, `score_prepared`, and `score_groups` of one that
-joins caption and image in its last block alone.
+Nothing is computed twice: equal captions are scored once, each image and caption is encoded and projected for the
+fusion layer once, captions of one length are batched together without padding, and on a CPU the network runs with
+oneDNN-prepacked weights. The work is cut into tiles of whole images with their captions. A tile's batches depend only
+on the images and captions that are ranked, so that any number of processes, and a run that was killed and restarted,
+give the same scores bit for bit.
 
-Nothing is computed twice: equal captions are scored once, each image and caption is read and projected for the first
-joint block once, and captions of one length are read together, so that none is padded; on a CPU the network's matrices
-are laid out beforehand. The work is cut into tiles, whole images with their captions. A tile's batches depend on what
-is ranked alone, never on who ranks it: any number of processes gives the same bits, and so does a run that was killed
-and begun again.
+The model needs four methods: `prepare_images`, `prepare_captions`, `score_prepared` and, with fusion in the last block
+only, `score_groups`.
 """
 
 import hashlib

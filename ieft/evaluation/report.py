@@ -1,8 +1,4 @@
-"""What a run looks like: a sheet of ranked results, curves of the training, a table of the recalls.
-
-In: scores, pictures and captions; the log of a Trainer; a dict of recalls. Out: a PIL image, a PNG file, text. It
-knows nothing of models or datasets, and opens only the pictures that it shows.
-"""
+"""Figures and tables of a run: a contact sheet of ranked results, training curves and a table of recalls."""
 
 import textwrap
 from bisect import bisect_left

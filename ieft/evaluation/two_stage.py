@@ -1,12 +1,9 @@
-"""Two-stage retrieval judged: a shortlist by embedding, re-ranked by the network, in both directions.
+"""Evaluation of two-stage retrieval in both directions: a shortlist by embedding, re-ranked by the cross-encoder.
 
-In: a model with contrastive heads and an evaluation set. Out: recalls of the shortlist and of the re-ranked lists,
-what the shortlist lets through at best, pairs scored and seconds. It knows nothing of vector stores or files;
-`ieft.search.index` does the same over an archive.
-
-Two stages: Miech et al., "Thinking Fast and Slow: Efficient Text-to-Visual Retrieval with Transformers", CVPR 2021.
-The score of a candidate is the network's, plus the similarity of the embeddings as the contrastive loss scales it,
-times a weight that is chosen on validation data.
+Reported are the recall of the shortlist (upper bound), the recalls after re-ranking, the number of pairs scored and
+the time. `ieft.search.index` does the same over an archive. Two-stage retrieval: Miech et al., "Thinking Fast and
+Slow: Efficient Text-to-Visual Retrieval with Transformers", CVPR 2021. A candidate's score is the matching score plus
+the similarity of the embeddings, as the contrastive loss scales it, times a weight chosen on validation data.
 """
 
 import time
