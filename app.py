@@ -1,14 +1,13 @@
-"""A page to search an archive of images by a sentence or by an image.
+"""A web page to search an image archive by a sentence or by an image.
 
     python app.py --model outputs/demo --index outputs/scenes.lance --archive outputs/scenes
     IEFT_MODEL=user/ieft-scenes IEFT_INDEX=archive.lance IEFT_ARCHIVE=archive python app.py
 
-In: a checkpoint with contrastive heads and an index, made first from `--archive` where that is given. Out: a Gradio
-page, also as a Hugging Face Space. How images are found and explained is left to `ieft.search.index` and
-`ieft.search.explain`.
+The Gradio page needs a checkpoint with contrastive heads and an index, which is built from `--archive` if that is
+given. It also runs as a Hugging Face Space. Search is in `ieft.search.index`, explanations in `ieft.search.explain`.
 
-Visitors are not trusted. They see thumbnails and file names, no paths and no files; what they send is bounded in size,
-rate and pixels, and only the addresses that the page itself needs are answered.
+Visitors are not trusted. They see thumbnails and file names, but no paths and no files; the size, rate and pixel count
+of their requests are limited, and only the URLs that the page itself needs are served.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Checkpoints of every make as an IEFT model: the network, its processor, and what became of each tensor.
+"""Loads or converts ViLT and IEFT checkpoints of any format, and reports what became of each tensor.
 
     python convert_checkpoint.py vilt_200k_mlm_itm.ckpt converted/vilt --tokenizer bert-base-uncased
     python convert_checkpoint.py dandelin/vilt-b32-mlm converted/vilt
 
-In: an original ViLT checkpoint, one of the published IEFT code, or a folder or Hub id of a transformers ViLT or of an
-IEFT of this project. Out: a model and a processor, or a folder with both. It knows nothing of training or data.
+The source is an original ViLT checkpoint, a checkpoint of the published IEFT code, or a folder or Hub id of a
+transformers ViLT or of an IEFT of this project. The result is a model with its processor.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The transformers pipeline "image-text-retrieval": ranking captions for an image, or images for a caption."""
+"""The transformers pipeline "image-text-retrieval": ranks captions for an image, or images for a caption."""
 
 import os
 

@@ -1,11 +1,11 @@
-"""Every image-caption collection as one `DatasetDict`.
+"""Prepares any image-caption collection as a `DatasetDict`.
 
     python prepare_datasets.py rsicd --data_dir RSICD --output_dir prepared/rsicd
     python prepare_datasets.py captions.csv --output_dir prepared/mine --push_to_hub user/mine
 
-A collection is a named dataset and the folder or archive it was distributed in, any folder or file that
-`ieft/data/sources.py` reads, or a dataset on the Hub. Its splits `train`, `validation` and `test` have the columns
-`image`, `filename` and `captions`; the command writes them as parquet shards. What the user has is never changed.
+A collection is a named dataset with the folder or archive it was distributed in, any folder or file that
+`ieft/data/sources.py` can read, or a dataset on the Hub. Its splits `train`, `validation` and `test` have the columns
+`image`, `filename` and `captions`; the command writes them as parquet shards. Files of the user are never changed.
 """
 
 import argparse

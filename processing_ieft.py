@@ -1,7 +1,7 @@
-"""Images and captions as tensors.
+"""Image processor and processor of IEFT: images and captions as tensors.
 
-Images that Pillow reads faithfully are read here; others (16-bit colour, no data, more than four bands) by the one
-reader of the package (`ieft.data.images`), which `import ieft` makes known, or they are refused by name.
+Images that Pillow reads faithfully are read here. Others (16-bit colour, nodata values, more than four bands) are read
+by `ieft.data.images`, which `import ieft` registers; without it they are refused with an error that names them.
 """
 
 import base64

@@ -3,9 +3,9 @@
     python run_retrieval.py --dataset_name scenes --output_dir outputs/scenes
     accelerate launch run_retrieval.py --dataset_name rsicd --data_dir RSICD --model_name_or_path dandelin/vilt-b32-mlm
 
-Training writes the model and its processor, results, figures and a model card to `--output_dir`. With `--do_eval` or
-`--do_predict` alone a trained model is evaluated: that of `--model_name_or_path`, or the one in `--output_dir`. Every
-option can also stand in a JSON or YAML file, given as the only argument.
+Training writes the model and its processor, results, figures and a model card to `--output_dir`. With only `--do_eval`
+or `--do_predict`, a trained model is evaluated: that of `--model_name_or_path`, or the one in `--output_dir`. Options
+can also be given as one JSON or YAML file, which must then be the only argument.
 """
 
 import argparse

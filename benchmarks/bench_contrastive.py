@@ -1,13 +1,13 @@
-"""Whether the contrastive loss, which search needs, costs the ranking head any recall: scenes, several seeds.
+"""Measures whether training with the contrastive loss, which search needs, lowers the recall of the ranking head.
 
     PYTHONPATH=. python benchmarks/bench_contrastive.py --output_dir outputs/contrastive
 
-In: seeds. Out: the mean recalls of the exhaustive ranking by networks trained with and without it, then one JSON line.
-A run that was interrupted goes on where it stopped.
+For each seed, a network is trained on scenes with and without the contrastive loss; the mean recalls of exhaustive
+ranking are printed, then one JSON line. An interrupted run resumes.
 
-What bounds it: pairs trained on. The published loss reads 1,024 pairs in a step of 64 images, the contrastive recipe
-121 and each side alone, so that a step of the one takes several of the other: steps are chosen for about equal time,
-and what each took is printed.
+Cost is dominated by the number of training pairs. The published loss scores 1,024 pairs in a step of 64 images; the
+contrastive recipe scores 121 pairs and encodes each side once. Step counts are chosen for about equal time, and the
+time that each took is printed.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""How long a collection of RSICD's size takes to prepare, and to open again.
+"""Measures how long a collection of RSICD's size takes to prepare, and to open again.
 
     python benchmarks/bench_data.py
 
-In: nothing but sizes. Out: a table, then one JSON line. Images are noise over a gradient, saved as JPEG, at 224 x 224
-about as many bytes as RSICD's.
+Prints a table, then one JSON line. Images are noise over a gradient, saved as 224 x 224 JPEG files of about the same
+size as RSICD's.
 
-What bounds it: every image is decoded once, about a millisecond on one core, to find the truncated ones; the second
-call reads the annotations and asks the time and size of each file.
+Cost is dominated by decoding every image once, about a millisecond on one core, to find truncated files. The second
+call reads only the annotations and the modification time and size of each file.
 """
 
 import argparse

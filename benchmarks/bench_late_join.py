@@ -1,4 +1,4 @@
-"""What joining caption and image later costs in recall, and what it saves.
+"""Measures what late fusion (a fusion layer above 0) costs in recall, and what it saves in time.
 
     PYTHONPATH=. python benchmarks/bench_late_join.py speed
     PYTHONPATH=. python benchmarks/bench_late_join.py recall
@@ -7,19 +7,18 @@
     PYTHONPATH=. python benchmarks/bench_late_join.py recall --photographs DIR --steps 300 --queries 100
     PYTHONPATH=. python benchmarks/bench_late_join.py table --plot docs/late_join.png
 
-In: nothing for `speed`; for `recall` a dataset by name, or a folder of photographs with captions. Out: a line of JSON
-for each network, added to a file, so that a measurement goes on where it was stopped; from that file a table and a
-plot.
+`recall` takes a dataset by name, or a folder of photographs with captions, and appends one JSON line per network to a
+file, so that an interrupted measurement resumes; `table` makes a table and a plot of that file.
 
-`speed` takes the full-size network with random weights, and counts seconds of a processor core, so that other work on
-the machine is left out. What bounds it: with the join at 0, the matrix products of 160
-tokens in six blocks for each pair. With the join at the last block a pair is one attention of one query and the MLP of
-one token, and below some captions for each image, reading the weights and the image's keys and values.
+`speed` uses the full-size network with random weights and reports CPU time, so that other work on the machine does not
+count. With fusion layer 0, cost is dominated by the matrix products of 160 tokens in six blocks for each pair. With
+fusion in the last block, a pair is one attention with a single query and the MLP of one token; with few captions per
+image, cost is then dominated by reading the weights and the image's keys and values.
 
-`recall` trains a small network of six blocks from scratch on each, equal but for its join, with the ranking and the
-contrastive loss; with `--distilled` also on the scores of the join at 0 of the same seed. Candidates are all test
-images, and the first caption of each; queries are the first `--queries` of them. Two-stage: the 32 nearest by
-embedding are re-ranked. Recalls are duplicate-aware.
+`recall` trains small networks of six blocks from scratch, equal except for their fusion layer, with the ranking and
+the contrastive loss; with `--distilled` also on the scores of the network with fusion layer 0 of the same seed.
+Candidates are all test images, and the first caption of each; queries are the first `--queries` of them. Two-stage
+retrieval re-ranks the 32 nearest by embedding. Recalls are duplicate-aware.
 """
 
 import argparse

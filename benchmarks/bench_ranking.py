@@ -1,15 +1,14 @@
-"""How fast images are ranked with captions, against the loop that was published.
+"""Measures how fast images are ranked with captions, compared with the published loop.
 
     python benchmarks/bench_ranking.py --images 1 --captions 192
 
-In: nothing but these sizes. Out: a table, then one JSON line. Whether the scores are good is not asked, only that all
-ways give the same ones.
+Prints a table, then one JSON line. Only the equality of the scores is checked, not their quality.
 
-What bounds it: matrix products. A pair costs the published loop 22.6 GFLOP: it pads every caption to 40 tokens, embeds
-both sides again for each pair, computes all tokens of the last block where one is read, and scores a sentence again
-for every image that carries it. Each row of the table adds one saving to those above it; the last computes in
-bfloat16. Captions have the lengths and the repeats of RSICD's test split. All ways take turns in one run, so that
-whatever else the machine does falls on all of them; a machine that does nothing else gives the truest ratios.
+Cost is dominated by matrix products. A pair costs the published loop 22.6 GFLOP: it pads every caption to 40 tokens,
+embeds both sides again for each pair, computes all tokens of the last block although only one is used, and scores a
+sentence again for every image that carries it. Each row of the table adds one optimization to those above it; the last
+row computes in bfloat16. Captions have the lengths and repeats of RSICD's test split. All variants alternate in one
+run, so that other load on the machine affects all of them; ratios are most accurate on an idle machine.
 """
 
 import argparse

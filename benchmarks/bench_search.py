@@ -1,12 +1,13 @@
-"""How fast and how exactly an archive of a million images is searched.
+"""Measures speed and accuracy of search in an archive of a million images.
 
     PYTHONPATH=. python benchmarks/bench_search.py --model outputs/demo
 
-In: a checkpoint with contrastive heads. Out: a table, then one JSON line. Embeddings are synthetic, points around
-2,000 centres; the images that re-ranking reads are scenes, whose scores are real and whose places mean nothing.
+`--model` is a checkpoint with contrastive heads. Prints a table, then one JSON line. Embeddings are synthetic points
+around 2,000 centres; the images for re-ranking are scenes, so that their scores are real but not their positions in
+the index.
 
-What bounds it: comparing every vector reads them all, 1 GB for a million of 256 numbers. The vector index reads the
-codes of a few partitions and the full vectors of some dozen candidates. Re-ranking is bounded by reading and scoring
+Exact search is dominated by reading every vector, 1 GB for a million of 256 numbers. The vector index reads the codes
+of a few partitions and the full vectors of some dozens of candidates. Re-ranking is dominated by reading and scoring
 images.
 """
 

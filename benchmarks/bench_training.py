@@ -1,14 +1,13 @@
-"""How fast one training step is, against the step of the published code, and whether preparing images keeps up.
+"""Measures the time of one training step, compared with the published code, and whether image loading keeps up.
 
     python benchmarks/bench_training.py --images 2
 
-In: nothing but these sizes. Out: a table, then one JSON line. Whether training learns anything is not asked, only that
-both steps have the same loss.
+Prints a table, then one JSON line. Only the equality of the losses is checked, not whether training converges.
 
-What bounds it: matrix products, three times those of a forward pass. Each image is ranked with its own caption and 15
-others. The published step embeds an image again for each of them, pads every caption to 40 tokens, and computes all
-tokens of the last block where one is read. Both steps take turns in one run, the optimizer's included. Dropout is off,
-so that both have one loss.
+Cost is dominated by matrix products, three times those of a forward pass. Each image is ranked with its own caption
+and 15 others. The published step embeds an image again for each of them, pads every caption to 40 tokens, and computes
+all tokens of the last block although only one is used. Both steps, optimizer included, alternate in one run. Dropout
+is off, so that the losses are equal.
 """
 
 import argparse

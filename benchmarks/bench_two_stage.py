@@ -1,14 +1,14 @@
-"""Whether re-ranking a shortlist finds what ranking everything finds, and earns its cost, on hard scenes.
+"""Two-stage retrieval on hard scenes: accuracy and cost compared with exhaustive ranking.
 
     PYTHONPATH=. python benchmarks/bench_two_stage.py --output_dir outputs/two_stage
 
-In: seeds. Out: a table for each seed, one of their means, one JSON line. For each seed a network is trained on
-`twins`, scenes in families that differ in one fact, by the command that this prints; then it ranks test scenes of
-other families, a sentence each, exhaustively and in two stages. A run that was interrupted goes on.
+Prints a table for each seed, a table of their means, and one JSON line. For each seed a network is trained on `twins`
+(families of scenes that differ in one fact) with the command that is printed; then test scenes of other families, with
+one sentence each, are ranked exhaustively and in two stages. An interrupted run resumes.
 
-What bounds it: pairs. N images and N sentences are N x N pairs for the exhaustive matrix, and at most 64 N where each
-image and each sentence has a shortlist of 32. How much the similarity counts beside the network's score is chosen on
-validation scenes.
+Cost is the number of pairs: N images and N sentences are N x N pairs for the exhaustive matrix, and at most 64 N with
+shortlists of 32 for each image and each sentence. The weight of the similarity relative to the matching score is
+chosen on validation scenes.
 """
 
 import argparse

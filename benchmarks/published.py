@@ -1,8 +1,8 @@
-"""What both speed benchmarks compare with: the network run as the published code runs it, and captions as RSICD's.
+"""Baseline of both speed benchmarks: a copy of the network that computes the same scores as the published code does.
 
-In: a model of this repository. Out: a copy that computes the same scores the published way (Tang et al., IEEE TGRS
-2023, and its code): attention written out, gated convolutions as 1x1 convolutions on an image, captions padded to 40
-tokens, every token of the last block. It does not know what is timed.
+In the published code (Tang et al., IEEE TGRS 2023), attention is written out, gated convolutions are 1x1 convolutions
+on an image, captions are padded to 40 tokens, and every token of the last block is computed. Captions have the lengths
+of RSICD's.
 """
 
 import copy

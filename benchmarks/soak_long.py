@@ -1,10 +1,9 @@
-"""Ten thousand steps: do memory, open files, processes and the folder of the run stay what they were?
+"""Checks over ten thousand training steps that memory, open files, processes and the run's folder do not grow.
 
     python benchmarks/soak_long.py --steps 10000
 
-In: how many steps. Out: a table, then one JSON line. A network of a few thousand parameters trains on 40 scenes with a
-worker that outlives its epoch, a ranking and a checkpoint every fortieth of the way; figures are taken at each of
-them, of the process and its workers together.
+Prints a table, then one JSON line. A network of a few thousand parameters trains on 40 scenes with a persistent
+worker. At every fortieth of the steps it ranks, saves a checkpoint, and is measured together with its workers.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""The main command, killed at random moments and gone on with: does it end in the same bits?
+"""Kills the training command at random moments and checks that the resumed run reproduces the uninterrupted one.
 
     python benchmarks/soak_resume.py --kills 20
 
-In: how often to kill, and a seed for the moments. Out: each moment, then one JSON line; an error where the end
-differs from that of a run that nobody killed. Killed are real processes of `run_retrieval.py`, by SIGKILL, anywhere
-between their first line and their last: while they load, train, save, rank and report.
+Prints each kill, then one JSON line, and fails if the final weights differ from those of an uninterrupted run in any
+bit. Real processes of `run_retrieval.py` are killed by SIGKILL at any point: while they load, train, save, rank and
+report.
 
 A network of 10,000 parameters with dropout trains for two epochs, with a checkpoint and a ranking every third step, so
-that a good part of the time is spent in each. The runs take turns: the contrastive loss with mined groups, the
-published one with accumulated gradients, and workers that outlive an epoch.
+that much of the time is spent in each. The runs alternate between the contrastive loss with mined groups, the
+published loss with accumulated gradients, and persistent workers.
 """
 
 import argparse

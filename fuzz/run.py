@@ -1,11 +1,10 @@
-"""Coverage-guided fuzzing of everything that reads files and words of others.
+"""Coverage-guided fuzzing of all code that reads untrusted files and text.
 
     python fuzz/run.py --seconds 60
     python fuzz/run.py --seconds 300 --targets archives images --findings findings
 
-In: how long, which targets of `targets.py`. Out: a table, then one JSON line: executions, edges covered, findings;
-each finding as the file that brings it about. Every target runs in a process of its own with limits on memory and
-time. It knows nothing of what is fuzzed. Needs the extra `fuzz` (atheris).
+Each target of `targets.py` runs in its own process with limits on memory and time. Prints a table, then one JSON line:
+executions, edges covered, findings; the input of each finding is saved as a file. Needs the extra `fuzz` (atheris).
 """
 
 import argparse

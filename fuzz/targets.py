@@ -1,7 +1,6 @@
-"""What reads files and words of others, as functions of bytes.
+"""Fuzzing targets: each reads bytes as untrusted input; an exception that is not a documented error is a finding.
 
-In: bytes. Out: nothing, where they are read, or refused with an error that is documented; anything else is raised.
-Each target has a few whole inputs to begin with, made by code. It knows nothing of the fuzzer that calls it.
+Each target also has a few valid inputs, made by code, as its seed corpus.
 """
 
 import io

@@ -1,7 +1,7 @@
-"""IEFT for Hugging Face: importing this package makes `transformers`' auto classes know IEFT checkpoints.
+"""IEFT for Hugging Face. Importing this package registers IEFT checkpoints with the auto classes of `transformers`.
 
-The network, processor and pipeline are loaded at once, since the auto classes ask for the classes themselves, and the
-reader of images, which the processor asks for; everything else on first use.
+The network, processor and pipeline, which the auto classes need as classes, and the image reader, which the processor
+needs, are imported at once; everything else on first use.
 """
 
 from importlib import import_module

@@ -1,8 +1,4 @@
-"""The page of a checkpoint on the Hub, and the way there.
-
-In: a saved folder and the results of its test run. Out: `README.md` in that folder, and a commit on the Hub. It knows
-nothing of networks, datasets or how results came about.
-"""
+"""Model cards, and pushing a saved folder to the Hub in one commit."""
 
 import math
 import platform

@@ -1,4 +1,4 @@
-"""For all tests: no process outlives them."""
+"""Fixtures of all tests: no child process outlives the test run."""
 
 import ctypes
 import sys

@@ -1,6 +1,6 @@
-"""Weights and inputs behind the golden scores in `tests/golden/`, and the published checkpoint layout.
+"""Weights and inputs of the golden scores in `tests/golden/`, and the published checkpoint layout.
 
-Every parameter's value depends on its published name and a seed alone, so that a full-size checkpoint never has to be
+Every parameter's value depends only on its published name and a seed, so that no full-size checkpoint has to be
 stored. The scores were computed in float64 by running the published network with patches in raster order.
 """
 

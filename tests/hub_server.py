@@ -1,7 +1,6 @@
-"""A Hugging Face Hub on loopback: enough of its endpoints to push a model over HTTP and to load it again.
+"""A local Hugging Face Hub with the endpoints needed to push a model over HTTP and to load it again.
 
-In: requests of `huggingface_hub`. Out: what the Hub would answer, from commits kept in memory. It knows no accounts,
-pull requests or xet storage; every push goes to one line of commits.
+Commits are kept in memory, on one branch. There are no accounts, pull requests or xet storage.
 """
 
 import base64

@@ -1,8 +1,7 @@
-"""A training of seconds, in a process of its own that can be killed at a chosen point.
+"""Runs a training of a few seconds in its own process, which can be killed at a chosen point.
 
-In: options, a folder. Out, in that folder: what the trainer leaves, the final weights as `final.pt`, the log as
-`log.json`; and the exit code, -9 after SIGKILL. Processes are forked from one that has imported everything, so that
-each starts at once.
+The folder then holds what the trainer wrote, the final weights as `final.pt` and the log as `log.json`; the exit code
+is -9 after SIGKILL. Processes are forked from one that has imported everything, so that each starts at once.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The page as a visitor meets it: a real process, a real browser, and what no visitor may have."""
+"""Tests of the web page with a real process and a real browser, including what visitors must not have access to."""
 
 import configparser
 import io

@@ -1,4 +1,4 @@
-"""Archives that are well, and archives that try to get out or to fill the disk."""
+"""Tests of archive extraction: valid archives, and archives that try to escape the folder or to fill the disk."""
 
 import io
 import tarfile

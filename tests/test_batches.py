@@ -1,4 +1,4 @@
-"""Training items, their negatives and augmentations, and evaluation sets."""
+"""Tests of training items, their negatives and augmentations, and of evaluation sets."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""What transformers asks of its own models, asked of these on a tiny network; the rest is in `test_modeling.py`."""
+"""The common model tests of transformers on a tiny network; other tests of the network are in `test_modeling.py`."""
 
 import shutil
 

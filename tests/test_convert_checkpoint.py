@@ -1,4 +1,4 @@
-"""Checkpoints of every make become the network that they were, or an error that lists what does not fit."""
+"""Tests of checkpoint conversion: every format gives the original network, or an error listing what does not fit."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The attention that is compiled for this CPU, against attention written out."""
+"""Tests of the compiled CPU attention against attention written out."""
 
 import logging
 import platform

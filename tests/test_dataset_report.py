@@ -1,4 +1,4 @@
-"""The page about a collection says what is so: ceilings against ranking itself, duplicates against known ones."""
+"""Tests of the report on a collection: recall ceilings against actual ranking, duplicates against known ones."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The distillation loss against one list at a time, and training on a teacher's scores."""
+"""Tests of the distillation loss against a loop over lists, and of training on a teacher's scores."""
 
 import pytest
 import torch

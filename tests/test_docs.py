@@ -1,4 +1,4 @@
-"""The documentation is about this repository: links lead somewhere, and the tree is the tree."""
+"""Tests of the documentation: links resolve, and the tree of files in it matches the repository."""
 
 import re
 from pathlib import Path

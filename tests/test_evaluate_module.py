@@ -1,4 +1,4 @@
-"""The `evaluate` module: offline, from its folder, the same numbers as the plain function."""
+"""Tests of the `evaluate` module: offline, from its folder, with the same results as the plain function."""
 
 import json
 import os

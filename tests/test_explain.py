@@ -1,4 +1,4 @@
-"""Heat maps and word contributions: on a network set by hand to find squares, they point at the square asked for."""
+"""Tests of heat maps and word contributions, on a network whose weights are set by hand to detect squares."""
 
 import copy
 

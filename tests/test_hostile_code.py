@@ -1,4 +1,4 @@
-"""Images, checkpoints, queries and settings made to harm: a documented error, and nothing of them is run."""
+"""Tests of malicious images, checkpoints, queries and settings: a documented error, and no code of theirs is run."""
 
 import ast
 import io

@@ -1,4 +1,4 @@
-"""Files and words made to harm: an error that is documented, nothing run, nothing outside, memory and time bounded."""
+"""Tests of malicious files and text: a documented error, nothing written outside, bounded memory and time."""
 
 import http.server
 import io

@@ -1,5 +1,6 @@
-"""A saved folder in another process and working directory: with its own code where the project is not installed, and
-by the auto classes alone where it is."""
+"""Tests that a saved folder loads in another process and working directory: with its own code if the project is not
+installed, and by the auto classes alone if it is.
+"""
 
 import json
 import os

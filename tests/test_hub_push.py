@@ -1,4 +1,4 @@
-"""Pushing over HTTP to a Hub on loopback, loading from it in a fresh cache, and the page that appears there."""
+"""Tests of pushing to a local Hub over HTTP, loading from it with an empty cache, and the model card there."""
 
 import json
 import os

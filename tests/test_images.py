@@ -1,4 +1,4 @@
-"""Every kind of image that remote sensing has becomes a picture in which something can be seen."""
+"""Tests that every kind of remote-sensing image becomes an RGB image with visible content."""
 
 import io
 import subprocess

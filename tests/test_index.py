@@ -1,4 +1,4 @@
-"""Images in a vector store: equal to comparing every vector, idempotent, whole after a kill, true to a checkpoint."""
+"""Tests of the image index: equal to exact search, idempotent, consistent after a kill, bound to its checkpoint."""
 
 import os
 import shutil

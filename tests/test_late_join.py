@@ -1,4 +1,4 @@
-"""Networks whose first blocks read caption and image alone: against one pass under a mask, and against each other."""
+"""Tests of late fusion: against one forward pass under an attention mask, and ways of scoring against each other."""
 
 import numpy as np
 import pytest

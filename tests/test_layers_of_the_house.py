@@ -1,4 +1,4 @@
-"""Who may import whom: packages are layers, and imports point down."""
+"""Tests of the import rules: packages are layers, and a package imports only lower layers."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Folders and archives as they circulate: other systems' names and leftovers, linked files, families of layouts."""
+"""Tests of folders and archives as found in practice: names and metadata of other systems, links, known layouts."""
 
 import io
 import json

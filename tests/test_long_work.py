@@ -1,4 +1,4 @@
-"""What may not grow while a run goes on; the long version is `benchmarks/soak_long.py`."""
+"""Tests of resources that must not grow during a run; the long version is `benchmarks/soak_long.py`."""
 
 import json
 from pathlib import Path

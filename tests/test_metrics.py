@@ -1,4 +1,4 @@
-"""Recalls: the worked cases, a slow twin that sorts, and the fair treatment of ties."""
+"""Tests of recalls: worked examples, a slow reference implementation that sorts, and the treatment of ties."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The network: equal to the published one, deterministic, and clear about wrong input."""
+"""Tests of the network: equal to the published one, deterministic, with clear errors for wrong input."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The order that brings captions together which share most words."""
+"""Tests of the sampler that orders captions by lexical similarity."""
 
 import math
 from types import SimpleNamespace

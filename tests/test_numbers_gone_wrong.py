@@ -1,4 +1,4 @@
-"""Losses, gradients and weights that are no numbers; disks that fill up."""
+"""Tests of losses, gradients and weights that are not finite, and of full disks."""
 
 import json
 import os

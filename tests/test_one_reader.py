@@ -1,4 +1,4 @@
-"""The same file gives the same pixels by every way that images come into the project."""
+"""Tests that a file gives the same pixels in every code path that reads images."""
 
 import io
 import json

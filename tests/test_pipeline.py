@@ -1,4 +1,4 @@
-"""Ranking what the user has in hand, by `model.rank` and by the pipeline, against one plain forward pass per pair."""
+"""Tests of `model.rank` and the pipeline against one plain forward pass per pair."""
 
 import threading
 from functools import partial

@@ -1,4 +1,4 @@
-"""Networks laid out for a CPU against the networks that they were made from."""
+"""Tests of prepacked networks against the networks that they were made from."""
 
 import ctypes
 import subprocess

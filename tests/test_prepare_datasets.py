@@ -1,4 +1,4 @@
-"""Distributed folders in every spelling, validation splits that are missing, and rows that cannot be used."""
+"""Tests of dataset preparation: spellings of folder names, missing validation splits, invalid examples."""
 
 import json
 import logging

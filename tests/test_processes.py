@@ -1,4 +1,4 @@
-"""One, two and four processes: the same scores, groups, losses and gradients; and what happens when one dies."""
+"""Tests with one, two and four processes: equal scores, groups, losses and gradients, and the death of a process."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Images of every kind and captions of every length become tensors, or an error that says why not."""
+"""Tests of the processors: images of every kind and captions of every length become tensors, or a clear error."""
 
 import json
 import logging

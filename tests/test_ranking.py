@@ -1,4 +1,4 @@
-"""The ranking engine against a double loop of plain forward passes."""
+"""Tests of the ranking engine against a double loop of plain forward passes."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The sheet's real pixels, the curves' file, the table's text."""
+"""Tests of the contact sheet's pixels, the file of training curves and the text of the tables."""
 
 import numpy as np
 import pytest

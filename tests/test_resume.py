@@ -1,4 +1,4 @@
-"""Runs that are killed by SIGKILL go on to the same weights, bit for bit."""
+"""Tests that runs killed by SIGKILL resume and end with the same weights, bit for bit."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The main command, run as users run it."""
+"""Tests of the training command, run as users run it."""
 
 import json
 import os

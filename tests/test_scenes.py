@@ -1,4 +1,4 @@
-"""Synthetic scenes: the same everywhere, true to their plan, and worth retrieving."""
+"""Tests of synthetic scenes: reproducible everywhere, true to their plan, and varied enough for retrieval."""
 
 import hashlib
 import subprocess

@@ -1,4 +1,4 @@
-"""The command `ieft-search`, run as a user runs it, and the forms its hits come in."""
+"""Tests of the command `ieft-search`, run as users run it, and of its output formats."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Each kind of collection, written small, comes in with the same rows and pixels; and what is wrong is named."""
+"""Tests of each kind of collection, as a small example: the same rows and pixels, or an error that names the fault."""
 
 import csv
 import io

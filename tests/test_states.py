@@ -1,4 +1,4 @@
-"""States as bytes and back."""
+"""Tests of the feature cache: image features as bytes and back."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tables in every dialect come back with exactly the rows that were written, or are refused with line and remedy."""
+"""Tests of tables in every dialect: read with exactly the rows that were written, or refused with line and remedy."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Tiles of a scene: they cover it, read what is there, and share one stretch; memory does not grow with the scene."""
+"""Tests of the tiles of large scenes: full coverage, correct pixels, one common stretch, bounded memory."""
 
 import subprocess
 import sys

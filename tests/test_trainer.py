@@ -1,4 +1,4 @@
-"""Losses, mined groups, evaluation by ranking, and a training that can be repeated to the bit."""
+"""Tests of losses, mined groups and evaluation by ranking, and of training that is reproducible bit for bit."""
 
 import numpy as np
 import pytest

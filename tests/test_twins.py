@@ -1,4 +1,4 @@
-"""Hard scenes: families that differ in one fact, the same everywhere."""
+"""Tests of hard scenes: families that differ in one fact, reproducible everywhere."""
 
 from dataclasses import astuple, fields
 

@@ -1,4 +1,4 @@
-"""Two-stage retrieval judged, against one query at a time."""
+"""Tests of the evaluation of two-stage retrieval against one query at a time."""
 
 from types import SimpleNamespace
 

@@ -1,1 +1,1 @@
-"""Collections of images and captions as splits: sources, archives, downloads, checks, the image reader."""
+"""Image-caption collections: sources, archives, downloads, checks, the image reader, prepared splits."""

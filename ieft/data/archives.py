@@ -1,7 +1,7 @@
-"""Zip and tar archives, opened without trusting them.
+"""Safe extraction of untrusted zip and tar archives.
 
-Nothing is written outside the target folder, no link or device is made, and sizes are limited while reading, since the
-sizes that an archive states of itself prove nothing. What macOS and Windows leave behind is no content.
+Nothing is written outside the target folder, links and devices are not created, and sizes are limited while reading,
+since the sizes that an archive declares cannot be trusted. Metadata files of macOS and Windows are ignored.
 """
 
 import shutil

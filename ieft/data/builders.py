@@ -1,7 +1,7 @@
-"""Rows and synthetic scenes as splits of the `datasets` library, prepared once and kept.
+"""Builds a prepared and cached `DatasetDict` from rows with usable images and captions, or from synthetic scenes.
 
-In: rows with usable images and captions, or a seed of scenes. Out: a `DatasetDict`. It knows nothing of where rows
-come from. A file of its own, since the library puts other functions for files and paths into the module of a builder.
+This is a file of its own because the `datasets` library replaces functions for files and paths in the module of a
+builder.
 """
 
 import io

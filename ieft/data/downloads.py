@@ -1,7 +1,4 @@
-"""Images by URL, fetched once.
-
-In: an http or https URL and a folder. Out: a file, or the reason why there is none. It knows nothing of images.
-"""
+"""Downloads images by http or https URL into a folder, each one once."""
 
 import hashlib
 import os

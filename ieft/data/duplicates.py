@@ -1,9 +1,9 @@
-"""Images that are the same: files of the same bytes, and pictures that were saved anew.
+"""Finds duplicate images: files with the same bytes, and images that were saved again.
 
-Two pictures are taken for one where their thumbnails of 16 x 16 RGB cells differ by at most 2 of 255 levels on average
-and by at most 10 in any cell. Of 2,100 images of UCM and 5,461 of RSICD, saved anew as JPEG of quality 95, 75 and 50
-and as WebP, all are recognised (they differ by at most 1.4 on average, 8 in a cell). The nearest images that are not
-copies differ by 2.9 on average.
+Two images are duplicates if their thumbnails of 16 x 16 RGB cells differ by at most 2 of 255 levels on average and by
+at most 10 in any cell. All of 2,100 images of UCM and 5,461 of RSICD, saved again as JPEG of quality 95, 75 and 50 and
+as WebP, are recognised (they differ by at most 1.4 on average, 8 in a cell). The nearest images that are not copies
+differ by 2.9 on average.
 """
 
 import hashlib

@@ -1,11 +1,8 @@
-"""Hard scenes: families of near twins, which differ from one another in one fact each.
+"""Synthetic scenes with hard negatives: families of scenes that differ from one another in one fact each.
 
-In: a seed and an index. Out: a scene as those of `ieft.data.scenes`, whose sentences name every fact. It knows
-nothing of datasets, networks or files.
-
-A family is a plan and what becomes of it when one fact changes: a count, a colour, the ground, the bend or the bridge
-of a line, or which of two things has which count or colour. Each twin is drawn afresh, so that only the facts tell
-them apart.
+A family is a plan and its variants with one fact changed: a count, a colour, the ground, the bend or the bridge of a
+line, or which of two things has which count or colour. Each variant is drawn anew, so that only the facts tell them
+apart, and its sentences name every fact.
 """
 
 from dataclasses import replace

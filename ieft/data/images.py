@@ -1,11 +1,11 @@
-"""The one reader of images: any file as RGB, whole or by windows, with the same pixels by every way.
+"""The image reader of the project: any file as RGB, whole or by windows, with the same pixels in every code path.
 
-What Pillow reads faithfully it reads (`processing_ieft.is_faithful`), alone or as a part of datasets and processors.
-What it refuses or would spoil goes to `ieft.data.rasters`, the extra `geo`: several bands deeper than 8 bits, no data,
-more bands than Pillow knows. Images of at most `MAX_PIXELS` are read whole, and their windows cut out of that; larger
-ones are read at a smaller scale as a whole, and by window at full scale.
+Files that Pillow reads faithfully (`processing_ieft.is_faithful`) are read by Pillow. Others go to
+`ieft.data.rasters` (extra `geo`): several bands deeper than 8 bits, nodata values, more bands than Pillow supports.
+Images of at most `MAX_PIXELS` are read whole, and their windows are cut out of that; larger ones are read at a smaller
+scale as a whole, and at full scale by window.
 
-Pillow refuses files of more than 179 million pixels as decompression bombs; a TIFF may have more, if its blocks can be
+Pillow refuses files of more than 179 million pixels as decompression bombs; a TIFF may have more if its blocks can be
 read one at a time.
 """
 

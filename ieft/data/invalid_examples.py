@@ -1,4 +1,4 @@
-"""Which rows of a collection cannot be used, why, and what to do about each. No row is changed on disk."""
+"""Finds the examples of a collection that cannot be used, and says why. Files of the user are never changed."""
 
 import json
 import re

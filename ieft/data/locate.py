@@ -1,4 +1,4 @@
-"""Where the image is that an annotation names, when it was written on another system or in another folder."""
+"""Finds the image file that an annotation names, even if it was written on another system or in another folder."""
 
 import os
 import re

@@ -1,7 +1,7 @@
-"""A prepared dataset on disk and on the Hub: parquet shards, a card, and a list of what was left out.
+"""Writes a prepared dataset to disk or to the Hub: parquet shards, a dataset card, and a list of what was left out.
 
-A folder or repository that holds anything else is refused before any work. A folder that is being prepared names the
-run that it is of, so that the same run goes on after an interruption, and another one does not replace it.
+A folder or repository that holds anything else is refused before any work. A folder in preparation records its run, so
+that the same run can resume after an interruption and another run does not replace it.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
-"""Image files that GDAL reads for the one reader (`ieft.data.images`): any bands, any bit depth, by window.
+"""Reads images with GDAL for `ieft.data.images`: any bands, any bit depth, by window.
 
-Only formats known by their content are opened, by their own driver alone, and no other file is looked at: GDAL knows
-formats that read whatever a file names, and would take a file's neighbours for parts of it.
+The format is recognised by the file's content, only the driver of that format may open it, and no other file is read:
+some GDAL formats refer to other files, and GDAL would also read files beside the image as parts of it.
 """
 
 import logging

@@ -1,8 +1,7 @@
-"""One page about a collection: what is in it, what is wrong with it, and which recalls it allows at all.
+"""A one-page report on a collection: its contents, its faults, and the highest recalls that it allows.
 
-In: rows of filename, split, captions and image, and the faults that were found. Out: a dict of facts; a text, a PNG
-and a JSON file made of them. Captions count for every row, images for those that can be read. It knows nothing of
-where rows come from, and judges none.
+The facts are a dict, shown as text, PNG or JSON. Statistics of captions cover every row, those of images the rows
+whose image can be read.
 """
 
 import json

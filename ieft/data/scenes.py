@@ -1,10 +1,8 @@
-"""Synthetic aerial scenes with captions, drawn from a seed, nothing downloaded.
+"""Synthetic aerial scenes with captions, in the manner of RSICD and UCM-Captions, drawn from a seed without downloads.
 
-In: a seed and an index. Out: a small RGB picture and five sentences about it, in the manner of RSICD and UCM-Captions.
-It knows nothing of datasets, networks or files.
-
-A scene is planned (`Plan`: ground, water, things with count and colour), then drawn, then described; each sentence is
-true of the plan, and none says left, right, above or below, so that every turn and mirroring keeps it true.
+A scene is planned (`Plan`: ground, water, objects with count and colour), drawn, and described in five sentences. Each
+sentence is true of the plan and none says left, right, above or below, so that it stays true under flips and quarter
+turns.
 """
 
 from dataclasses import dataclass

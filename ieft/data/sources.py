@@ -1,7 +1,7 @@
-"""Every kind of image-caption collection as rows of `filename`, `split`, `captions` and `image`.
+"""Reads every kind of image-caption collection as rows of `filename`, `split`, `captions` and `image`.
 
-An image is a path, a URL, bytes, or None where it is missing. Annotations alone are read: no image is decoded, no row
-is judged, and nothing of the user's is changed.
+An image is a path, a URL, bytes, or None if it is missing. Only annotations are read: no image is decoded, no row is
+validated, and no file of the user is changed.
 """
 
 import json

@@ -1,8 +1,7 @@
-"""Collections larger than the disk, as streams.
+"""Streams of collections that are larger than the disk; nothing is copied.
 
-In: rows whose captions are known, or the streams of a Hub dataset. Out: an `IterableDatasetDict` with the columns of a
-prepared one, each image checked as it passes; or rows by number, for training, which draws them in any order. It knows
-nothing of files of annotations, and keeps nothing.
+Rows with known captions, or the streams of a Hub dataset, become an `IterableDatasetDict` with the columns of a
+prepared one, and each image is checked when it is read. For training, rows can also be read by number, in any order.
 """
 
 import logging

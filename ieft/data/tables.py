@@ -1,6 +1,6 @@
-"""Tables of captions as text: CSV in the dialects of Excel, pandas and the csv module, JSON lines, lists in a cell.
+"""Reads tables of captions: CSV in the dialects of Excel, pandas and the csv module, JSON lines, lists in a cell.
 
-A table comes back with exactly the rows that were written, or is refused with its file, line and remedy.
+A table is read with exactly the rows that were written, or refused with its file, line and remedy.
 """
 
 import ast

@@ -1,1 +1,1 @@
-"""Search in an archive: index, tiles, filters, feature cache, explanations, the command ieft-search."""
+"""Search in an image archive: index, tiles, filters, feature cache, explanations and the command `ieft-search`."""

@@ -1,8 +1,4 @@
-"""Image files as an index knows them: found in an archive, described as rows, read again for a hit.
-
-In: files. Out: rows as dicts, without vectors, with the pictures they stand for; of a hit, what it shows. It knows
-nothing of stores, and of networks the size of their images alone.
-"""
+"""Image files of an archive: finding them, describing them as index rows, and reading them again for a hit."""
 
 import hashlib
 from datetime import datetime, timezone

@@ -1,12 +1,11 @@
-"""Index an archive and look images up in it: the command `ieft-search`.
+"""Index an archive and search for images in it: the command `ieft-search`.
 
     ieft-search index ARCHIVE --model outputs/demo --index archive.lance
     ieft-search index SCENE.tif --tile 256 --overlap 0.25 --model outputs/demo --index archive.lance
     ieft-search query "two white storage tanks beside a river" --model outputs/demo --index archive.lance
     ieft-search query --image photo.png --model outputs/demo --index archive.lance
 
-In: a checkpoint, image files, queries. Out: an index; hits as a table, JSON, a contact sheet, GeoJSON. How images are
-found is the business of `ieft.search.index`.
+Hits are printed as a table or JSON, or written as a contact sheet or GeoJSON.
 """
 
 import argparse

@@ -1,19 +1,16 @@
-"""Why an image got its score for a caption: a heat map over its patches, and what each word contributed.
+"""Explains the score of an image and a caption: a heat map over the patches, and the contribution of each word.
 
-In: a network, its processor, an image, a caption. Out: an `Explanation`, and the image with the heat over it. It knows
-nothing of archives or files.
-
-Heat: the relevance of each patch to the token that the score is read from, carried through the joint blocks by
+Heat map: the relevance of each patch to the token that the score is read from, propagated through the blocks by
 attention weighted with the gradient of the score: Chefer, Gur, Wolf, "Generic Attention-model Explainability for
-Interpreting Bi-Modal and Encoder-Decoder Transformers", ICCV 2021, equations 5 and 6, one stream of tokens. What it
-leaves out: the enhancement stages mix patches between the joint blocks (before blocks 1, 2 and 3 in the published
-network), over the whole grid. Their effect on the gradients is felt, where they move content to is not followed, so
-that heat can lie away from its cause. On a checkpoint of 300 steps on scenes, hiding the hottest fifth of the patches
-lowered the score by 0.66 on average, a random fifth by 0.07, the coldest by -0.18; in 41 of 60 pairs the hottest
-mattered more than the coldest. It is evidence, no proof. `tests/test_explain.py` holds the method, without stages.
+Interpreting Bi-Modal and Encoder-Decoder Transformers", ICCV 2021, equations 5 and 6 for a single stream of tokens.
+Limitation: the enhancement stages mix patches over the whole grid between the blocks (before blocks 1, 2 and 3 in the
+published network). The gradients account for this, but the method does not follow where content moves, so that heat
+can lie away from its cause. On a checkpoint of 300 steps on scenes, hiding the hottest fifth of the patches lowered
+the score by 0.66 on average, a random fifth by 0.07, the coldest by -0.18; in 41 of 60 pairs the hottest mattered more
+than the coldest. A heat map is evidence, not proof. `tests/test_explain.py` tests the method without stages.
 
-Words: the score with a word less the score with its tokens masked out, exact for each word alone. They do not add up
-to the score, since the network reads words together.
+Words: the score with a word minus the score with its tokens masked out, exact for each word alone. The contributions
+do not add up to the score, since the network reads words together.
 """
 
 from contextlib import contextmanager

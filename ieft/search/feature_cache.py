@@ -1,10 +1,8 @@
-"""An image's state for re-ranking as bytes, to be stored beside its embedding.
+"""Serialization of an image's features for re-ranking, to be stored beside its embedding.
 
-In: what `IeftForImageTextRetrieval.read_images` gives of one image. Out: bytes, and the state back from them. It knows
-nothing of networks, indexes or files.
-
-A state is T tokens of D numbers. As `bf16` each takes two bytes; as `int8` one, and each token a scale in float32,
-its largest magnitude by 127. Ten bytes ahead say which, and T and D.
+The features, from `IeftForImageTextRetrieval.read_images`, are T tokens of D numbers. As `bf16` each number takes two
+bytes; as `int8` one, with a float32 scale per token (its largest magnitude divided by 127). A header of ten bytes
+holds the format, T and D.
 """
 
 import struct

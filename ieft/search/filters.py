@@ -1,8 +1,4 @@
-"""Filters over the columns of a vector store, written by users: short comparisons in SQL, checked before they run.
-
-In: an expression and a LanceDB query. Out: rows as dicts, or one error that shows the expression. It knows nothing of
-images or networks.
-"""
+"""User-written filters over the columns of a vector store: short SQL comparisons, checked before they run."""
 
 import re
 

@@ -1,12 +1,9 @@
-"""An archive's images by their embeddings: shortlist from a vector store, re-rank with the network.
+"""Index of an image archive: a shortlist from a vector store (LanceDB), re-ranked by the network.
 
-In: an IEFT checkpoint with contrastive heads, its processor, image files, sentences; then captions or images as
-queries. Out: LanceDB tables, and hits as dicts. It knows nothing of terminals, pages or training.
-
-The tables' address goes to LanceDB as it is: a folder, or object storage such as `s3://bucket/prefix`. An image is a
-row, a large scene one row for each of its tiles. A batch is one transaction, and what is there with the same content
-is not embedded again: an addition that was killed is run again and goes on. Two-stage retrieval: Miech et al.,
-"Thinking Fast and Slow: Efficient Text-to-Visual Retrieval with Transformers", CVPR 2021.
+The tables' address is passed to LanceDB unchanged: a folder, or object storage such as `s3://bucket/prefix`. An image
+is one row, a large scene one row for each of its tiles. A batch is one transaction, and rows whose content has not
+changed are not embedded again: an interrupted addition resumes when it is run again. Two-stage retrieval: Miech et
+al., "Thinking Fast and Slow: Efficient Text-to-Visual Retrieval with Transformers", CVPR 2021.
 """
 
 import time

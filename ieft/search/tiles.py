@@ -1,4 +1,4 @@
-"""A large scene as overlapping tiles."""
+"""Overlapping tiles of a large scene."""
 
 from ieft.data.images import Scene, Window
 

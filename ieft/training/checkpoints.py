@@ -1,8 +1,8 @@
-"""Checkpoints that are complete, or absent.
+"""Atomic checkpoints: a checkpoint is complete, or it does not exist.
 
-A process may be killed, a disk may fill up and a machine lose power at any byte. So a checkpoint is written under
-another name, flushed to the disk, and given its own name by one rename. What was written by other means (an older
-version, a copy that was interrupted) is read through before it is trusted.
+A checkpoint is written under a temporary name, flushed to disk and renamed, since a process may be killed, a disk may
+fill up and a machine may lose power at any moment. Checkpoints from elsewhere (an older version, an interrupted copy)
+are read in full before they are used.
 """
 
 import errno

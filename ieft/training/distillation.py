@@ -1,11 +1,8 @@
-"""Learning from the scores of another network: the loss, and whether that network fits.
-
-In: scores of a student and of its teacher for the same pairs. Out: a loss. It knows nothing of trainers or of how the
-scores were made.
+"""Distillation from the scores of a teacher: the loss, and the check that teacher and student fit together.
 
 A list is what the ranking loss takes a softmax over: the candidates of one image, or a row or column of a group. The
-student's distribution over each list is drawn to the teacher's by their Kullback-Leibler divergence, the listwise loss
-of Cao et al., "Learning to Rank: From Pairwise Approach to Listwise Approach", ICML 2007.
+student's distribution over each list is trained towards the teacher's by their Kullback-Leibler divergence, the
+listwise loss of Cao et al., "Learning to Rank: From Pairwise Approach to Listwise Approach", ICML 2007.
 """
 
 import torch

@@ -1,10 +1,7 @@
-"""One batch, spread over processes.
+"""Differentiable gathering of one batch from all processes, in the order of their ranks.
 
-In: the rows that each process holds, as many on each. Out: on every process the rows of all, in the order of their
-ranks, gradients included. It knows nothing of what the rows mean.
-
-Sharded by Accelerate, process r of P takes batches r, P + r, 2P + r... of one order: together, in this order, they
-are the batch of one process with P times the rows.
+Every process must hold the same number of rows. Accelerate gives process r of P the batches r, P + r, 2P + r... of one
+order: gathered in the order of ranks, they are the batch of one process with P times the rows.
 """
 
 import torch

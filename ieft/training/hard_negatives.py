@@ -1,11 +1,7 @@
-"""An order of training captions in which those that nearly say the same come together.
+"""A sampler that orders training captions so that lexically similar ones share a batch as hard negatives.
 
-In: captions as token ids, and who carries which sentence. Out: the order of one epoch, every caption once. It knows
-nothing of images, networks or batches.
-
-A batch cut from such an order holds hard negatives, whichever loss looks for them; the neighbours are lexical, so that
-nothing has to be computed again as the network learns, and a resumed run has the same order. Batches of neighbours:
-Yuksekgonul et al., "When and Why Vision-Language Models Behave like Bags-of-Words", ICLR 2023.
+Similarity is lexical, so that it need not be recomputed as the network learns and a resumed run has the same order.
+Hard-negative batches: Yuksekgonul et al., "When and Why Vision-Language Models Behave like Bags-of-Words", ICLR 2023.
 """
 
 import numpy as np

@@ -1,10 +1,7 @@
-"""Splits of a retrieval dataset as tensors.
+"""Dataset splits as tensors: evaluation sets, and training items with negatives, augmentation and collation.
 
-In: one split with the columns `image` and `captions`, and an `IeftProcessor`. Out: evaluation sets (every image, every
-caption once), and training items with their negatives, batched. It knows nothing of networks or losses.
-
-Every random choice is drawn from (seed, epoch, item), so that a batch is the same in any process, any worker, and
-after a resumption.
+Every random choice is drawn from (seed, epoch, item), so that a batch is the same in any process and any worker, and
+after resuming.
 """
 
 import random

@@ -1,8 +1,8 @@
-"""What a run may do in its output folder: nothing that was made before is written over.
+"""Checks of the output folder of a run: no result of an earlier run is overwritten.
 
-A run of training resumes the run that the folder holds, or finds none of the files that it would write. An
-evaluation replaces only its own results. All of this is decided from the options alone, before data is loaded and
-before a file is touched.
+A training run either resumes the run in the folder or requires that none of the files that it would write exist. An
+evaluation replaces only its own results. This is decided from the options alone, before data is loaded and before any
+file is changed.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A JSON or YAML file of options as the words of a command line, so that both are checked by the same rules."""
+"""Reads options from a JSON or YAML file as command-line arguments, so that the same checks apply to both."""
 
 import json
 from pathlib import Path

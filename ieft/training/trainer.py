@@ -1,14 +1,14 @@
-"""Training IEFT, and evaluating it by ranking.
+"""A Trainer for IEFT that evaluates by ranking.
 
-Two losses. Ranking (Tang et al. 2023): cross-entropy over the matching scores of an image with its own caption and
-with others. Contrastive (as CLIP; weight 0 in the published recipe): cross-entropy, both ways, over the similarities
-of images and captions encoded separately by the same network. With the contrastive loss, the ranking loss scores all
-pairs in groups of images of the batch: random groups first, later hard ones by contrastive similarity. The batch is
-that of all processes together: any number of them gives the same groups and the same loss. With a teacher, the
-ranking loss also trains the scores towards those that the teacher gives the same pairs.
+There are two losses. Ranking (Tang et al. 2023): cross-entropy over the matching scores of an image with its own
+caption and with others. Contrastive (as CLIP; weight 0 in the published recipe): cross-entropy, in both directions,
+over the similarities of images and captions encoded separately by the same network. With the contrastive loss, the
+ranking loss scores all pairs in groups of images of the batch: random groups first, later groups of hard negatives
+mined by contrastive similarity. The batch is that of all processes together, so that groups and loss do not depend on
+the number of processes. With a teacher, the ranking loss has a distillation term.
 
-A loss, gradient or weight that is not finite ends the run with a report before it reaches a checkpoint; a run that
-was killed resumes from its last checkpoint and reproduces the same weights.
+A loss, gradient or weight that is not finite stops the run with a report before it reaches a checkpoint. A killed run
+resumes from its last checkpoint and reproduces the uninterrupted run bit for bit.
 """
 
 import shutil

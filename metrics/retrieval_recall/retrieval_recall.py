@@ -1,8 +1,4 @@
-"""The `evaluate` face of `ieft.evaluation.metrics.retrieval_recalls`.
-
-In: a score matrix and the owner of each caption. Out: the same recalls as the plain function, under the same names. It
-computes nothing itself: one call hands the matrix on.
-"""
+"""`evaluate` module with the recalls of `ieft.evaluation.metrics.retrieval_recalls`, under the same names."""
 
 import datasets
 import evaluate
