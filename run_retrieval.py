@@ -60,7 +60,7 @@ NETWORKS = {
         "hidden_dropout_prob": 0.0,
     },
 }
-# Values that stand where the user gives none: the published recipe, and what a tiny network wants instead.
+# Defaults: the published recipe, and the differences for a tiny network.
 PUBLISHED_RECIPE = {
     "learning_rate": 1e-4,
     "adam_beta2": 0.98,
@@ -88,13 +88,13 @@ TINY_RECIPE = {
     "groups_per_step": 1,
 }
 SYNTHETIC = ("scenes", "twins")
-TINY_WIDTH = 128  # a checkpoint up to this width trains by the tiny recipe
+TINY_WIDTH = 128  # checkpoints up to this hidden size are trained with the tiny recipe
 DATASET_RECIPES = {
     "sydney": {"per_device_train_batch_size": 512, "num_train_epochs": 100},
     "ucm": {"num_train_epochs": 100},
 }
 STAGES = ("do_train", "do_eval", "do_predict")
-# Options that decide what training computes: a resumed run must repeat them.
+# Options that affect the result of training: a resumed run must repeat them.
 DECIDES_TRAINING = (
     "model_name_or_path", "network", "first_joint_layer", "teacher", "fit", "enhancement_layers", "contrastive_dim",
     "dataset_name", "data_dir", "image_column", "caption_column", "bands", "protocol", "on_bad_rows",
@@ -104,12 +104,12 @@ DECIDES_TRAINING = (
     "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim",
     "bf16", "fp16",
 )  # fmt: skip
-# Options that decide what an evaluation computes: its results replace only their own.
+# Options that affect the result of an evaluation, which may only replace results with the same options.
 DECIDES_EVALUATION = (
     "model_name_or_path", "dataset_name", "data_dir", "image_column", "caption_column", "bands", "protocol",
     "on_bad_rows", "max_eval_samples", "max_predict_samples",
 )  # fmt: skip
-# Options -> the stages of which one has to run, or they would be ignored.
+# Option -> stages, at least one of which must run for the option to have an effect.
 NEEDED_STAGES = {
     "teacher": ("do_train",),
     "enhancement_layers": ("do_train",),
@@ -122,7 +122,7 @@ NEEDED_STAGES = {
     "contrastive_dim": ("do_train",),
 }
 ABOUT_ONE_COLLECTION = ("data_dir", "image_column", "caption_column")
-ABOUT_COLLECTIONS = ("bands", "streaming", "on_bad_rows")  # of `--eval_datasets` too
+ABOUT_COLLECTIONS = ("bands", "streaming", "on_bad_rows")  # they also apply to `--eval_datasets`
 SHOWN_ON_THE_CARD = (
     "learning_rate", "per_device_train_batch_size", "world_size", "num_train_epochs", "max_steps", "num_negatives",
     "negatives", "augmentation", "contrastive_weight", "seed",
@@ -135,43 +135,43 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Hub id, folder or .ckpt of an IEFT or ViLT checkpoint. Left out: from scratch."},
+        metadata={"help": "Hub id, folder or .ckpt of an IEFT or ViLT checkpoint. By default: from scratch."},
     )
     network: str = field(
         default="base",
         metadata={
-            "help": "base, the published one, or tiny (the default for synthetic scenes).",
+            "help": "base (the published network) or tiny (the default for synthetic scenes).",
             "choices": list(NETWORKS),
         },
     )
     first_joint_layer: int | None = field(
         default=None,
         metadata={
-            "help": "First block that reads caption and image together; blocks below it read each alone, once for all "
-            "pairs. 0 is the published network, the last block the fastest. Left out: as the checkpoint, or 0."
+            "help": "Fusion layer: first block that reads caption and image together; blocks below encode each side "
+            "once for all pairs. 0: the published network; the last block: fastest. Default: the checkpoint's, or 0."
         },
     )
     teacher: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id, folder or .ckpt of an IEFT whose scores are learnt too; the student must read the same "
-            "tokens. See --distillation_weight."
+            "help": "Hub id, folder or .ckpt of an IEFT whose scores are distilled into the model; both must have the "
+            "same vocabulary. See --distillation_weight."
         },
     )
     fit: str | None = field(
         default=None,
         metadata={
-            "help": "Images that are not square: crop (default) or squash, or as the checkpoint.",
+            "help": "How images that are not square are resized: crop or squash. Default: the checkpoint's, or crop.",
             "choices": ["crop", "squash"],
         },
     )
     enhancement_layers: list[int] | None = field(
         default=None,
-        metadata={"help": "From scratch: blocks that a visual enhancement stage precedes, other than the network's."},
+        metadata={"help": "From scratch: blocks with a visual enhancement stage before them, instead of the default."},
     )
     contrastive_dim: int = field(
         default=256,
-        metadata={"help": "Width of the contrastive embeddings, made where --contrastive_weight is above 0."},
+        metadata={"help": "Size of the contrastive embeddings, used if --contrastive_weight is above 0."},
     )
 
 
@@ -184,75 +184,75 @@ class DataArguments:
         metadata={"help": "scenes, twins, rsicd, rsitmd, ucm, sydney, nwpu, a folder, file or archive, or user/name."},
     )
     data_dir: str | None = field(
-        default=None, metadata={"help": "The distributed folder, zip or tar of a named dataset."}
+        default=None, metadata={"help": "Folder, zip or tar of a named dataset, as distributed."}
     )
-    image_column: str | None = field(default=None, metadata={"help": "Where tables and Hub datasets hold images."})
-    caption_column: str | None = field(default=None, metadata={"help": "Where tables and Hub datasets hold captions."})
+    image_column: str | None = field(default=None, metadata={"help": "Image column of tables and Hub datasets."})
+    caption_column: str | None = field(default=None, metadata={"help": "Caption column of tables and Hub datasets."})
     eval_datasets: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Also rank the test split of each of these, without images that the model was trained on. A name "
-            "with its folder is written rsicd=FOLDER, another split rsicd=FOLDER:validation."
+            "help": "Also evaluate on the test split of each of these datasets, excluding images that the model was "
+            "trained on. Give a folder as rsicd=FOLDER, another split as rsicd=FOLDER:validation."
         },
     )
     bands: str | None = field(
         default=None,
-        metadata={"help": "Bands that become red, green and blue, from 1, such as 3,2,1; for all images of the run."},
+        metadata={"help": "Bands used as red, green and blue, from 1, such as 3,2,1; for all images of the run."},
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read images where they are whenever they are used, and copy none: for what is larger than "
-                          "the disk. Not for datasets on the Hub."},
+        metadata={"help": "Read images from their source whenever they are used, without copies: for collections "
+                          "larger than the disk. Not for datasets on the Hub."},
     )  # fmt: skip
     negatives: str = field(
         default="distinct",
         metadata={
-            "help": "distinct: never a sentence that the image carries itself; uniform: as published.",
+            "help": "distinct: never a sentence that the image itself carries; uniform: any other, as published.",
             "choices": list(NEGATIVES),
         },
     )
     augmentation: str = field(
         default="randaugment",
         metadata={
-            "help": "randaugment, turns (the eight flips and quarter turns; for scenes without up or left) or none.",
+            "help": "randaugment, turns (flips and quarter turns, for images without an orientation) or none.",
             "choices": list(AUGMENTATIONS),
         },
     )
     protocol: str = field(
         default="clean",
         metadata={
-            "help": "clean: choose the checkpoint on validation, touch test once. published: train on train and "
-            "validation, choose on test.",
+            "help": "clean: choose the checkpoint on validation, evaluate once on test. published: train on train and "
+            "validation, choose the checkpoint on test.",
             "choices": ["clean", "published"],
         },
     )
     on_bad_rows: str = field(
         default="stop",
         metadata={
-            "help": "Images that cannot be read, blank captions: stop before anything is trained, or skip them.",
+            "help": "Invalid examples (unreadable images, blank captions): stop before training, or skip them.",
             "choices": ["stop", "skip"],
         },
     )
     rerank_top_k: int | None = field(
         default=None,
         metadata={
-            "help": "Also judge two-stage retrieval on the test split: this many candidates by embedding, re-ranked "
-            "by the network. Needs contrastive heads."
+            "help": "Also evaluate two-stage retrieval on the test split: this many candidates by embedding, "
+            "re-ranked by the network. Needs contrastive heads."
         },
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many validation images."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Use this many test images."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many validation images."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Use at most this many test images."})
 
 
 def main(arguments=None):
     """Load, train, evaluate, save.
 
     Returns:
-        dict | None: what `test_results.json` holds, or None without `--do_predict`.
+        dict | None: the content of `test_results.json`, or None without `--do_predict`.
     """
     model_args, data_args, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    push, args.push_to_hub = args.push_to_hub, False  # the whole folder once at the end, not every checkpoint
+    push, args.push_to_hub = args.push_to_hub, False  # the folder is pushed once at the end, not with every checkpoint
     set_up_logging(args)
     folder = OutputFolder(args.output_dir, **deciding_options(model_args, data_args, args))
     if not args.do_train:
@@ -268,7 +268,7 @@ def main(arguments=None):
 
 
 def run(model_args, data_args, args, folder, checkpoint, push):
-    """What `main` does once it is settled that nothing is written over."""
+    """Run the stages, after `main` has checked that nothing is overwritten."""
     set_seed(args.seed)
     with args.main_process_first(desc="preparing the dataset"):
         splits, bad_rows = load_splits(data_args, args)
@@ -303,10 +303,10 @@ def run(model_args, data_args, args, folder, checkpoint, push):
 
 
 def parse_arguments(arguments):
-    """The three groups of arguments; what the user gave comes before the recipe of the dataset and network.
+    """The three groups of arguments; options of the user override the recipe of the dataset and network.
 
     Raises:
-        ValueError: for options that contradict each other or would be ignored.
+        ValueError: if options contradict each other or would be ignored.
     """
     parser = HfArgumentParser((ModelArguments, DataArguments, IeftTrainingArguments), allow_abbrev=False)
     if len(arguments) == 1 and arguments[0].endswith(SETTINGS_ENDINGS):
@@ -315,7 +315,7 @@ def parse_arguments(arguments):
             arguments[0], {each.name for group in parser.dataclass_types for each in fields(group)}
         )
     unset = argparse.Namespace(**{each.name: None for group in parser.dataclass_types for each in fields(group)})
-    parsed = vars(parser.parse_args(arguments, unset))  # argparse's own defaults stay out
+    parsed = vars(parser.parse_args(arguments, unset))  # without argparse's defaults
     given = {name: value for name, value in parsed.items() if value is not None}
     asked = [stage for stage in STAGES if given.get(stage)]
     stages = asked or [stage for stage in STAGES if given.get(stage) is not False]
@@ -330,8 +330,8 @@ def check_options(given, stages):
     """Refuse options that would be ignored, contradict each other, or are out of range.
 
     Args:
-        given: option -> value, of those that the user gave.
-        stages: of `STAGES`, those that run.
+        given: option -> value, for the options that the user gave.
+        stages: those of `STAGES` that run.
     """
     if not stages:
         raise ValueError("Nothing to do: pass --do_train, --do_eval or --do_predict, or none of them for all three.")
@@ -346,19 +346,19 @@ def check_options(given, stages):
         ignored = [name for name in names if given.get(name)]
         if ignored:
             raise ValueError(
-                f"--{ignored[0]} has no effect on synthetic scenes. Which dataset is meant? Pass --dataset_name."
+                f"--{ignored[0]} has no effect on synthetic scenes. Pass --dataset_name with your dataset."
             )
     if "model_name_or_path" in given:
         for name in ("network", "enhancement_layers"):
             if name in given:
                 raise ValueError(
-                    f"--{name} is of a network from scratch, and --model_name_or_path starts from a checkpoint, which "
-                    "has its own. Pass one of the two."
+                    f"--{name} applies to a network from scratch, but --model_name_or_path starts from a checkpoint "
+                    "with its own. Pass only one of the two."
                 )
     if "contrastive_dim" in given and given.get("contrastive_weight") == 0:
         raise ValueError("--contrastive_dim has no effect without the contrastive loss: pass --contrastive_weight 1.")
     if given.get("push_to_hub") and not given.get("hub_model_id"):
-        raise ValueError("--push_to_hub needs to know where to: pass --hub_model_id user/name.")
+        raise ValueError("--push_to_hub needs a target: pass --hub_model_id user/name.")
     if given.get("push_to_hub") and "do_train" not in stages and "model_name_or_path" in given:
         raise ValueError(
             "--push_to_hub pushes the model in --output_dir, and an evaluation of --model_name_or_path saves none "
@@ -367,7 +367,7 @@ def check_options(given, stages):
 
 
 def choose_recipe(given):
-    """Values for what the user left open: published recipe, dataset, network, in rising order."""
+    """Defaults of the options: published recipe, overridden by those of the dataset and the network."""
     dataset_name = given.get("dataset_name", DataArguments.dataset_name)
     recipe = PUBLISHED_RECIPE | DATASET_RECIPES.get(dataset_name, {})
     recipe["output_dir"] = f"outputs/{Path(dataset_name).name}"
@@ -375,36 +375,36 @@ def choose_recipe(given):
     if given.get("network", recipe["network"]) == "tiny" or is_tiny(given.get("model_name_or_path")):
         recipe |= TINY_RECIPE
         if "num_train_epochs" in given:
-            del recipe["max_steps"]  # which would win over it
+            del recipe["max_steps"]  # it would override the epochs
     together = {name: given.get(name, recipe[name]) for name in ("eval_strategy", "save_strategy")}
     if together["eval_strategy"] == together["save_strategy"] != "no":
         recipe |= {"load_best_model_at_end": True, "metric_for_best_model": "mean_recall", "greater_is_better": True}
-    if torch.cuda.is_available():  # a CPU that trains has no time to spare for workers beside it
+    if torch.cuda.is_available():  # on a CPU, workers would compete with the training
         recipe |= {"dataloader_num_workers": min(8, os.cpu_count()), "dataloader_persistent_workers": True}
     return recipe | {"remove_unused_columns": False}
 
 
 def is_tiny(source):
-    """Whether a checkpoint's network is of the size that the tiny recipe is for."""
+    """Whether a checkpoint's network is small enough for the tiny recipe."""
     if source is None or os.path.isfile(source):
         return False
     try:
         settings, _ = PretrainedConfig.get_config_dict(source)
     except (OSError, ValueError):
-        return False  # loading it names what is wrong
+        return False  # loading it will report the error
     width = settings.get("hidden_size")
     return isinstance(width, int) and width <= TINY_WIDTH
 
 
 def deciding_options(model_args, data_args, args):
-    """What `OutputFolder` compares this run with others by."""
+    """The options by which `OutputFolder` compares this run with earlier ones."""
     options = {**vars(model_args), **vars(data_args), **{name: getattr(args, name) for name in DECIDES_TRAINING
                if hasattr(args, name)}}  # fmt: skip
     for name in ("data_dir", "dataset_name", "model_name_or_path", "teacher"):
         if options[name] and Path(options[name]).exists():
             options[name] = str(Path(options[name]).resolve())
     options |= {name: str(options[name].value) for name in DECIDES_TRAINING if hasattr(options[name], "value")}
-    # Any number of processes computes the same, as long as the batch of all is the same.
+    # The result depends only on the total batch size, not on the number of processes.
     options["per_device_train_batch_size"] *= args.world_size * args.gradient_accumulation_steps
     training = {name: options[name] for name in DECIDES_TRAINING} if args.do_train else None
     evaluation = {name: options[name] for name in DECIDES_EVALUATION} | {"seed": args.seed}
@@ -417,15 +417,15 @@ def deciding_options(model_args, data_args, args):
 
 
 def set_up_logging(args):
-    """The main process speaks, the others only warn."""
+    """The main process logs at INFO level, the others only warnings."""
     logging.basicConfig(format="%(message)s", level=logging.INFO if args.should_log else logging.WARNING)
     for library in (datasets, transformers):
         library.utils.logging.set_verbosity_warning()
 
 
 def load_splits(data_args, args):
-    """Train, validation and test as the protocol has them, cut to the sizes asked for; and the rows left out, which
-    `bad_rows.json` lists."""
+    """The splits of the protocol, truncated to the requested sizes, and the invalid examples, which are also saved as
+    `bad_rows.json`."""
     options = {name: getattr(data_args, name) for name in ("image_column", "caption_column", "on_bad_rows", "bands")}
     load = load_lazily if data_args.streaming else load_and_check
     try:
@@ -454,10 +454,10 @@ def load_splits(data_args, args):
 
 
 def load_others(data_args, splits, seed):
-    """Name -> the split asked for of each of `eval_datasets`, and how many of its images were left out.
+    """Name -> the requested split of each of `eval_datasets`, and how many of its images were excluded.
 
-    Images that were trained or chosen on are, but where the very split that they are of is asked for; they are
-    recognised when they were saved anew, as JPEG or otherwise (`ieft.data.duplicates`).
+    Images that also occur in the training or validation split are excluded, even if they were saved again as JPEG or
+    otherwise (`ieft.data.duplicates`), unless that very split is requested.
     """
     if not data_args.eval_datasets:
         return {}
@@ -488,18 +488,18 @@ def load_others(data_args, splits, seed):
 
 
 def parse_wish(wish):
-    """ "rsicd=FOLDER:validation" -> ("rsicd=FOLDER", "validation"); the test split where none is named."""
+    """ "rsicd=FOLDER:validation" -> ("rsicd=FOLDER", "validation"); the test split by default."""
     place, _, split = wish.rpartition(":")
     return (place, split) if split in ("train", "validation", "test") else (wish, "test")
 
 
 def iterate_images(split):
-    """The images of a split, one after another."""
+    """Iterate over the images of a split."""
     return (row["image"] for row in split.select_columns(["image"]))
 
 
 def rank_others(trainer, processor, others, data_args):
-    """Recalls on each of the other datasets, in `eval_datasets.json` and as tables on the screen."""
+    """Recalls on each of the other datasets, saved as `eval_datasets.json` and printed as tables."""
     results = {}
     for name, (test, counts) in others.items():
         evaluation_set = EvaluationSet.from_split(test, processor)
@@ -508,7 +508,7 @@ def rank_others(trainer, processor, others, data_args):
         results[name] |= {"protocol": data_args.protocol, "dataset": name}
         if trainer.is_world_process_zero():
             print(recall_table(results[name]))
-            print(f"{name}: {counts['removed_overlap']} images left out that the model was trained or chosen on.")
+            print(f"{name}: {counts['removed_overlap']} images excluded: the model was trained or selected on them.")
     if trainer.is_world_process_zero():
         write_json(Path(trainer.args.output_dir) / "eval_datasets.json", results)
     return results
@@ -518,7 +518,7 @@ def load_model(model_args, args, captions):
     """The network and processor of a checkpoint, or new ones with a tokenizer trained on the captions."""
     contrastive_dim = model_args.contrastive_dim if args.contrastive_weight else 0
     if model_args.model_name_or_path:
-        kept = None if not args.do_train else contrastive_dim  # a checkpoint that is only judged stays as it is
+        kept = None if not args.do_train else contrastive_dim  # a checkpoint that is only evaluated is not changed
         sizes = {"contrastive_dim": kept, "first_joint_layer": model_args.first_joint_layer}
         return load_any_checkpoint(model_args.model_name_or_path, fit=model_args.fit, **sizes)
     tokenizer = learn_tokenizer(caption for of_image in captions for caption in of_image)
@@ -532,7 +532,7 @@ def load_model(model_args, args, captions):
 
 
 def load_teacher(model_args, args, model, processor):
-    """The network to learn from, or None without `--teacher`."""
+    """The teacher of the distillation, or None without `--teacher`."""
     if not model_args.teacher or not args.do_train:
         return None
     teacher, teacher_processor = load_any_checkpoint(model_args.teacher)
@@ -558,7 +558,7 @@ def make_trainer(model, processor, splits, data_args, args, teacher=None):
 
 
 def predict(trainer, processor, test, data_args, num_bad_rows):
-    """Rank the test split once; write its results, pictures and table."""
+    """Rank the test split once; write its results and figures and print its table."""
     evaluation_set = EvaluationSet.from_split(test, processor)
     scores = trainer.score(evaluation_set)
     sizes = {"num_images": len(evaluation_set.images), "num_captions": len(evaluation_set.captions)}
@@ -579,9 +579,9 @@ def predict(trainer, processor, test, data_args, num_bad_rows):
 
 
 def judge_two_stage(trainer, processor, splits, results, data_args):
-    """Shortlist, re-ranking and both fused beside the exhaustive `results`: a table, and `two_stage.json`.
+    """Compare two-stage retrieval with the exhaustive `results`: a printed table, and `two_stage.json`.
 
-    How much the similarity counts beside the network's score is chosen on validation.
+    The weight of the similarity relative to the matching score is chosen on the validation split.
     """
     model, options = trainer.accelerator.unwrap_model(trainer.model), trainer.ranking_options()
     sets = {name: EvaluationSet.from_split(splits[name], processor) for name in ("validation", "test")}
@@ -596,7 +596,7 @@ def judge_two_stage(trainer, processor, splits, results, data_args):
 
 
 def save_results(trainer, name, results, data_args):
-    """One file for each stage, and all of them together in `all_results.json`."""
+    """Save the results of one stage, and add them to `all_results.json`."""
     if not trainer.is_world_process_zero():
         return
     everything = Path(trainer.args.output_dir) / "all_results.json"
@@ -606,7 +606,7 @@ def save_results(trainer, name, results, data_args):
 
 
 def command():
-    """`main` as a command: errors are one message of the main process, without a traceback; exit code 1."""
+    """`main` as a command: on errors, the main process prints one message without traceback; exit code 1."""
     try:
         main()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

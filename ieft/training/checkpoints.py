@@ -25,10 +25,10 @@ FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def find_last_checkpoint(folder):
-    """The newest checkpoint of a folder that is whole.
+    """The newest complete checkpoint of a folder.
 
     Returns:
-        str | None: its path; and a list of "PATH: what is wrong" of the newer ones that are not.
+        (str | None, list[str]): its path, and "PATH: what is wrong" for each newer checkpoint that is corrupt.
     """
     numbered = [re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(folder).glob("*/")]
     damages = []
@@ -42,7 +42,7 @@ def find_last_checkpoint(folder):
 
 
 def find_damage(checkpoint):
-    """What keeps a checkpoint from being gone on from, or None. Reads it through."""
+    """Why a checkpoint cannot be resumed from, or None. All of its files are read."""
     checkpoint = Path(checkpoint)
     for path in sorted(checkpoint.rglob("*")):
         try:
@@ -52,7 +52,7 @@ def find_damage(checkpoint):
     names = [path.name for path in checkpoint.glob("*")]
     if STATE not in names:
         return f"{STATE}, which is written last, is missing"
-    # Of one process or sharded; DeepSpeed's are in global_step*, and hold the weights too.
+    # Either a single file or sharded. DeepSpeed's global_step* folders hold both weights and optimizer state.
     if not any(name.startswith(("model.", "model-", "pytorch_model", "global_step")) for name in names):
         return "it holds no weights"
     if not any(name.startswith(("optimizer", "global_step")) for name in names):
@@ -67,7 +67,7 @@ def _read_through(path):
         json.loads(path.read_text(encoding="utf-8"))
     elif path.suffix == ".safetensors":
         with safe_open(path, framework="np"):
-            pass  # its size is held against its header
+            pass  # opening it compares the file size with the header
     elif path.suffix in PICKLES:
         with zipfile.ZipFile(path) as file:
             broken = file.testzip()
@@ -76,7 +76,7 @@ def _read_through(path):
 
 
 def publish(unfinished, checkpoint):
-    """Give a finished folder its name, in one step. One that bears the name already is replaced."""
+    """Rename a finished folder to its final name, atomically; an existing folder of that name is replaced."""
     unfinished, checkpoint = Path(unfinished), Path(checkpoint)
     for path in unfinished.rglob("*"):
         _flush(path)
@@ -90,7 +90,7 @@ def publish(unfinished, checkpoint):
 
 
 def _flush(path):
-    """To the disk: a rename may otherwise outlive, in a power cut, what was renamed."""
+    """Flush to disk: after a power cut, a rename may otherwise be on disk without the data of the renamed file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -100,10 +100,10 @@ def _flush(path):
 
 @contextmanager
 def explained_if_not_written(what, folder):
-    """Errors of writing end in one that says what is left; other errors stay as they are.
+    """Turn write errors into one OSError that names the checkpoint to resume from; other errors pass unchanged.
 
     Raises:
-        OSError: in the place of OSError, and of what torch and safetensors raise when a disk is full.
+        OSError: instead of any OSError, and of what torch and safetensors raise when a disk is full.
     """
     try:
         yield
@@ -119,7 +119,7 @@ def explained_if_not_written(what, folder):
 
 
 def _is_full_disk(error):
-    """Whether a disk, quota or limit on file sizes is full. torch and safetensors tell it in their messages alone."""
+    """Whether a disk, quota or file size limit was exceeded. torch and safetensors say so only in their messages."""
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         return True
     message = str(error)
@@ -128,7 +128,7 @@ def _is_full_disk(error):
 
 
 def write_json(path, content):
-    """A JSON file, written beside and renamed: whoever is killed leaves the old one or the new one."""
+    """Write a JSON file atomically: after a kill, either the old or the new content is there."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

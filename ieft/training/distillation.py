@@ -14,7 +14,7 @@ def listwise_divergence(scores, teacher_scores, left_out=None):
 
     Args:
         scores, teacher_scores: (..., N), one list along the last dimension.
-        left_out: (..., N), True for entries that are no part of their list.
+        left_out: (..., N), True for entries to ignore.
 
     Returns:
         A scalar of at least 0, in nats; 0 where scores differ by a constant in each list.
@@ -27,14 +27,14 @@ def listwise_divergence(scores, teacher_scores, left_out=None):
 
 
 def group_divergence(scores, teacher_scores, is_match):
-    """The same for groups, by rows and by columns, right pairs but a row's own left out.
+    """`listwise_divergence` of groups, by rows and by columns, ignoring other matching pairs than a row's own.
 
     Args:
         scores, teacher_scores: (K, N, N), row i and column i belong together.
-        is_match: (K, N, N), True where a column's caption is right for a row's image.
+        is_match: (K, N, N), True where a column's caption matches a row's image.
 
     Returns:
-        The mean over both ways.
+        The mean over both directions.
     """
     left_out = is_match & ~torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
     by_images = listwise_divergence(scores, teacher_scores, left_out)
@@ -43,10 +43,10 @@ def group_divergence(scores, teacher_scores, is_match):
 
 
 def check_teacher(teacher, teacher_processor, student, processor):
-    """A teacher reads the very tensors of its student.
+    """Check that a teacher can read the inputs of its student.
 
     Raises:
-        ValueError: for another vocabulary, image size, or number of tokens.
+        ValueError: if vocabulary or image size differ, or the teacher allows fewer caption tokens.
     """
     vocabularies = [each.tokenizer.get_vocab() for each in (teacher_processor, processor)]
     if vocabularies[0] != vocabularies[1]:

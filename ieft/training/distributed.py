@@ -18,16 +18,16 @@ def process_rank():
 
 
 def leave_processes():
-    """Take leave of the others, at the end of a command: gloo's threads, left to Python's own end, may abort it."""
+    """Destroy the process group at the end of a command: gloo's threads may otherwise abort Python's exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def gather_rows(rows, *, fill=0):
-    """The rows of all processes: (R, ...) -> (P*R, ...).
+    """Gather the rows of all processes: (R, ...) -> (P*R, ...).
 
     Args:
-        fill: what rows shorter in dimension 1 than those of another process are filled up with.
+        fill: padding value for rows that are shorter in dimension 1 than those of another process.
     """
     if process_count() == 1:
         return rows
@@ -41,16 +41,16 @@ def gather_rows(rows, *, fill=0):
 
 
 def sum_over_processes(tensor):
-    """The sum, on every process; where each entry is 0 on all processes but one, that entry to the bit.
+    """The sum over all processes, on every process. It is exact where only one process has a non-zero entry.
 
-    Its gradient is the sum of the gradients on all processes. If each computes the same loss from it, that is P times
-    the loss's own, and averaged over the processes, as DDP, FSDP and DeepSpeed do, right.
+    The gradient is summed over all processes. If each computes the same loss from the sum, the gradient is P times
+    that of the loss; averaging over processes, as DDP, FSDP and DeepSpeed do, corrects this.
     """
     return _Sum.apply(tensor) if process_count() > 1 else tensor
 
 
 class _Sum(torch.autograd.Function):
-    """`torch.distributed.nn.functional.all_reduce`, which is deprecated, in words that stay."""
+    """Differentiable all-reduce, instead of the deprecated `torch.distributed.nn.functional.all_reduce`."""
 
     @staticmethod
     def forward(ctx, tensor):

@@ -7,11 +7,11 @@ Hard-negative batches: Yuksekgonul et al., "When and Why Vision-Language Models 
 import numpy as np
 from torch.utils.data import Sampler
 
-GROUP = 8  # captions that come together: several groups share a batch
+GROUP = 8  # similar captions in a row; a batch holds several groups
 
 
 class NeighbourSampler(Sampler):
-    """Rows of `items` (`ieft.training.items.TrainingItems`), drawn from its seed and epoch whenever it is iterated."""
+    """Samples row numbers of `items` (`ieft.training.items.TrainingItems`) by its seed and current epoch."""
 
     def __init__(self, items, *, group=GROUP):
         self.items = items
@@ -33,9 +33,9 @@ class NeighbourSampler(Sampler):
                 yield from [int(anchor), *neighbours.tolist()]
 
     def find_neighbours(self, anchor, free):
-        """Up to `group` - 1 of the free captions that share most words with one, the nearest first.
+        """Up to `group` - 1 of the free captions that are most similar to one, the most similar first.
 
-        A caption of the same image, or of a sentence that the image carries, is none: it would be no negative.
+        Captions of the same image, and sentences that the image also carries, are excluded: they are no negatives.
         """
         similarity = np.zeros(len(self.items), dtype=np.float32)
         for token in set(self.items.caption_tokens[anchor]):
@@ -50,10 +50,11 @@ class NeighbourSampler(Sampler):
 
 
 def weigh_words(captions):
-    """What the cosine of two captions' words needs, a word weighing the more the fewer captions have it.
+    """Binary TF-IDF weights for the cosine similarity of captions.
 
     Returns:
-        token -> (N,) rows of the captions that have it; token -> log(captions / captions that have it); (C,) norms.
+        token -> (N,) rows of the captions that contain it; token -> log(captions / captions that contain it); (C,)
+        norms.
     """
     postings = {}
     for row, tokens in enumerate(captions):

@@ -19,7 +19,7 @@ from transformers import BertTokenizer
 from ieft.evaluation.metrics import keep_unique_captions
 from processing_ieft import to_rgb
 
-MAX_CACHED_BYTES = 256 * 2**20  # squares of small collections stay in memory, decoded and resized once
+MAX_CACHED_BYTES = 256 * 2**20  # resized images of collections up to this size are cached in memory
 AUGMENTATIONS = ("randaugment", "turns", "none")
 NEGATIVES = ("distinct", "uniform")
 
@@ -44,7 +44,7 @@ class SplitImages(Dataset):
         return to_rgb(self.split[int(row)]["image"])
 
     def square(self, row):
-        """The image of one row at the network's size: uint8 (image_size, image_size, 3)."""
+        """The image of one row, resized to the network's input size: uint8 (image_size, image_size, 3)."""
         if self._squares is None or row not in self._squares:
             pixels = np.asarray(self.image_processor.fit_square(self.picture(row)))
             if self._squares is None:
@@ -55,12 +55,13 @@ class SplitImages(Dataset):
 
 @dataclass
 class EvaluationSet:
-    """Every image and every caption of a split; a sentence repeated on one image is kept once.
+    """All images and captions of a split; a sentence repeated on one image is kept once.
 
     Attributes:
-        images: I images by row.
-        captions: C sentences, and `caption_tokens`, their token ids.
-        caption_image: (C,) the row of the image each was written for.
+        images: the I images by row.
+        captions: the C sentences.
+        caption_tokens: their token ids.
+        caption_image: (C,) row of the image that each caption was written for.
         caption_text_id: (C,) equal for equal sentences.
     """
 
@@ -78,19 +79,19 @@ class EvaluationSet:
 
 
 def tokenize(captions, processor):
-    """Sentences as lists of token ids, cut at the processor's limit, not padded."""
+    """Sentences as lists of token ids, truncated at the processor's limit, not padded."""
     return processor(text=list(captions), padding=False, return_tensors=None)["input_ids"] if len(captions) else []
 
 
 def learn_tokenizer(captions, *, largest=30522):
-    """A BERT tokenizer whose vocabulary is the words of the captions, with single characters for all other words.
+    """A BERT tokenizer whose vocabulary is the words of the captions; other words are split into characters.
 
-    The `tokenizers` library's own trainer breaks ties by chance, so that two runs on the same captions, or two
-    processes of one run, number their tokens differently.
+    The trainer of the `tokenizers` library is not used since it breaks ties at random: two runs on the same captions,
+    or two processes of one run, would number their tokens differently.
 
     Args:
-        captions: sentences, read once.
-        largest: entries of the vocabulary at most, rare words going first; BERT's own size.
+        captions: sentences, iterated once.
+        largest: maximum size of the vocabulary, by default BERT's; rare words are dropped first.
     """
     special_tokens = BertTokenizer().all_special_tokens
     backend = BertTokenizer().backend_tokenizer
@@ -110,14 +111,14 @@ class TrainingItems(Dataset):
 
     Args:
         split: columns `image` and `captions`.
-        num_negatives: captions drawn beside each item's own; 0 where the batch itself serves as negatives.
-        negatives: "distinct" never draws a sentence that the image carries itself; "uniform" draws from all other
-            captions, as published, and so now and then a right one.
-        augmentation: "randaugment" (two operations of magnitude 9, as published), "turns" (one of the eight turns and
-            mirrorings, for scenes without up or left), or "none".
+        num_negatives: captions drawn in addition to each item's own; 0 if the negatives come from the batch.
+        negatives: "distinct" never draws a sentence that the image itself carries; "uniform", as published, draws
+            from all other captions and therefore sometimes a matching one.
+        augmentation: "randaugment" (two operations of magnitude 9, as published), "turns" (a random flip or quarter
+            turn of the dihedral group, for images without a preferred orientation), or "none".
 
     Raises:
-        ValueError: where some image has fewer than `num_negatives` captions to draw from.
+        ValueError: if some image has fewer than `num_negatives` captions to draw from.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class TrainingItems(Dataset):
         self.augmentation = augmentation
         self.seed = seed
         self.image_text_ids = _group_text_ids(self.caption_image, self.caption_text_id, len(split))
-        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # seen by workers that outlive an epoch
+        self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # shared with persistent workers
         self._check_enough_negatives()
 
     def __len__(self):
@@ -144,15 +145,15 @@ class TrainingItems(Dataset):
 
     @property
     def epoch(self):
-        """The epoch that is drawn."""
+        """The current epoch."""
         return int(self._epoch)
 
     def set_epoch(self, epoch):
-        """Choose the epoch whose augmentations and negatives are drawn."""
+        """Set the epoch, from which augmentations and negatives are drawn."""
         self._epoch[0] = epoch
 
     def __getitem__(self, item):
-        """Keys `pixel_values` (3, S, S), `image` (its row), `captions` (1 + num_negatives,) own caption first."""
+        """`pixel_values` (3, S, S), `image` (row) and `captions` (1 + num_negatives,) rows, the own caption first."""
         generator = np.random.default_rng([self.seed, self.epoch, item])
         image = int(self.caption_image[item])
         return {
@@ -162,14 +163,14 @@ class TrainingItems(Dataset):
         }
 
     def collate(self, items):
-        """A batch in which each caption stands once.
+        """A batch that contains each caption once.
 
         Returns:
             dict: `pixel_values` (I, 3, S, S); `input_ids` and `attention_mask` (C, L), padded to the longest;
-            `candidates` (I, 1 + num_negatives) columns of the captions, the own one first; `is_match` (I, C) where a
-            caption is a sentence that the image carries. For whoever puts batches together or names them: `items`
-            (I,); `text_ids` (I,) of the own captions, equal for equal sentences; `image_text_ids` (I, T) of all that
-            the images carry, filled up with -1.
+            `candidates` (I, 1 + num_negatives) indices of captions, the own caption first; `is_match` (I, C), True if
+            the image carries the caption's sentence. For gathering batches and for reports: `items` (I,) rows of the
+            own captions; `text_ids` (I,) of the own captions, equal for equal sentences; `image_text_ids` (I, T) of
+            all sentences of each image, padded with -1.
         """
         own = np.array([item["captions"][0] for item in items])
         rows, columns = np.unique(np.stack([item["captions"] for item in items]), return_inverse=True)
@@ -195,7 +196,7 @@ class TrainingItems(Dataset):
         }
 
     def describe(self, items):
-        """Filename (or row) and caption of each of some items."""
+        """Filename (or row) and caption of each given item."""
         images = [int(self.caption_image[item]) for item in items]
         names = [f"image {image}" if self.filenames is None else self.filenames[image] for image in images]
         return [{"filename": name, "caption": self.captions[item]} for name, item in zip(names, items, strict=True)]
@@ -237,13 +238,13 @@ class TrainingItems(Dataset):
 
 
 def turn(square, which):
-    """One of the eight turns and mirrorings of a (S, S, 3) array, `which` in 0..7."""
+    """Flip or quarter turn of a (S, S, 3) array: element `which` (0 to 7) of the dihedral group of the square."""
     turned = np.rot90(square, which % 4)
     return np.ascontiguousarray(turned[:, ::-1] if which >= 4 else turned)
 
 
 def randomly_augmented(image, seed):
-    """RandAugment with 2 operations of magnitude 9 (timm), drawn from `seed`; the global generators are left alone."""
+    """RandAugment with 2 operations of magnitude 9 (timm), from `seed`; the global generators keep their state."""
     with _seeded_globally(seed):
         return rand_augment_transform("rand-m9-n2-p1", {"interpolation": Image.Resampling.BICUBIC})(image)
 
@@ -262,7 +263,7 @@ def _seeded_globally(seed):
 
 
 def _group_text_ids(caption_image, caption_text_id, num_images):
-    """For each image the ids of the sentences it carries."""
+    """The ids of the sentences of each image."""
     order = np.argsort(caption_image, kind="stable")
     starts = np.searchsorted(caption_image[order], np.arange(1, num_images))
     return np.split(caption_text_id[order], starts)

@@ -23,12 +23,12 @@ TRAINING_FILES = (
 
 
 class OutputFolder:
-    """The folder of one run.
+    """The output folder of one run.
 
     Args:
-        path: where it is; it need not exist.
-        training: the options that decide what training computes, as JSON takes them; None for an evaluation.
-        evaluation: the options that decide what evaluation computes.
+        path: the folder; it need not exist.
+        training: the options that affect the result of training, as JSON values; None for an evaluation.
+        evaluation: the options that affect the result of the evaluation.
     """
 
     def __init__(self, path, *, training, evaluation):
@@ -36,14 +36,14 @@ class OutputFolder:
         self.training, self.evaluation = training, evaluation
 
     def find_checkpoint(self, wish):
-        """The checkpoint that training resumes from, or None to begin; and the corrupt ones that were skipped.
+        """The checkpoint that training resumes from, or None to start; and the corrupt ones that were skipped.
 
         Args:
-            wish: of `--resume_from_checkpoint`: true, false, None or a checkpoint's path.
+            wish: value of `--resume_from_checkpoint`: true, false, None or the path of a checkpoint.
 
         Raises:
-            ValueError: where files of the folder would be written over, the run in it had other options, or the
-                checkpoint asked for cannot be used.
+            ValueError: if files in the folder would be overwritten, if the run in it had other options, or if the
+                requested checkpoint cannot be used.
         """
         wish = str(wish or "false")
         by_path = wish.lower() not in ("true", "false")
@@ -68,7 +68,7 @@ class OutputFolder:
         """The checkpoint to evaluate: `source`, or the trained model in this folder.
 
         Raises:
-            ValueError: where there is none, or where results of another evaluation would be replaced.
+            ValueError: if there is none, or if results of another evaluation would be replaced.
         """
         has_model = (self.path / "config.json").is_file() and any(self.path.glob("model*.safetensors"))
         if source is None and not has_model:
@@ -87,10 +87,10 @@ class OutputFolder:
 
     @contextmanager
     def claimed(self):
-        """Keep other runs of training out of the folder while this one lasts.
+        """Lock the folder against other training runs.
 
         Raises:
-            ValueError: where another run is in it.
+            ValueError: if another run holds the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK)
@@ -104,7 +104,7 @@ class OutputFolder:
             lock.release()
 
     def record(self):
-        """Write down the options of this run, for later runs to be compared with."""
+        """Save the options of this run, so that later runs can be compared with it."""
         self.path.mkdir(parents=True, exist_ok=True)
         recorded, now = self._recorded(), {"training": self.training, "evaluation": self.evaluation}
         options = {kind: recorded.get(kind, {}) | options for kind, options in now.items() if options is not None}
@@ -148,13 +148,13 @@ class OutputFolder:
 
 
 def _differences(before, now):
-    """Options that both name and that differ, as text; empty where none does."""
+    """Options that both contain and that differ, as text; empty if there are none."""
     pairs = [(name, before[name], now[name]) for name in now if name in before] if before else []
     return ", ".join(f"{name} was {old!r} and is {new!r}" for name, old, new in pairs if old != new)
 
 
 def _evaluation_of_results(folder):
-    """What `test_results.json` alone tells of its evaluation, for folders without a record."""
+    """The evaluation options that `test_results.json` contains, for folders without a record."""
     try:
         results = json.loads((folder / "test_results.json").read_text(encoding="utf-8"))
         return {"dataset_name": results["dataset"], "protocol": results["protocol"]}

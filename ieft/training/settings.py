@@ -9,13 +9,13 @@ SETTINGS_ENDINGS = (".json", ".yaml", ".yml")
 
 
 def read_settings(path, known):
-    """The words of a command line that stand for a file.
+    """Command-line arguments from a JSON or YAML file.
 
     Args:
         known: names of all options.
 
     Raises:
-        ValueError: where it is no object of options, or names an option that there is not.
+        ValueError: if the file is not an object of options, or contains an unknown option.
     """
     load, kind = (json.loads, "JSON") if str(path).endswith(".json") else (yaml.safe_load, "YAML")
     try:

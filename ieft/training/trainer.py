@@ -30,30 +30,31 @@ from ieft.training.distributed import gather_rows, process_count, process_rank, 
 from ieft.training.hard_negatives import NeighbourSampler
 
 BATCHES = ("shuffled", "neighbours")
-MAX_OVERFLOWS = 25  # in a row: by then the loss scale has fallen from 65536 below 1, and float16 is not the cause
+MAX_OVERFLOWS = 25  # in a row: the loss scale has then fallen from 65536 below 1, so float16 is not the cause
 
 
 @dataclass
 class IeftTrainingArguments(TrainingArguments):
-    """What `transformers.TrainingArguments` asks, and the choices that are IEFT's own."""
+    """`transformers.TrainingArguments` plus the options of IEFT."""
 
     num_negatives: int = field(
-        default=15, metadata={"help": "Captions that each image's own caption is ranked against."}
+        default=15, metadata={"help": "Negative captions that each image's own caption is ranked against."}
     )
     contrastive_weight: float = field(
         default=0.0,
         metadata={"help": "Weight of the contrastive loss; above 0, negatives come from the batch itself."},
     )
     ranking_start: float = field(
-        default=0.1, metadata={"help": "With the contrastive loss: share of the steps before the ranking loss joins."}
+        default=0.1, metadata={"help": "With the contrastive loss: share of the steps before the ranking loss starts."}
     )
     mining_start: float = field(
-        default=0.5, metadata={"help": "With the contrastive loss: share of the steps before groups are mined."}
+        default=0.5,
+        metadata={"help": "With the contrastive loss: share of the steps before groups are mined."},
     )
     batches: str = field(
         default="shuffled",
         metadata={
-            "help": "shuffled, as published; neighbours: captions that share most words come in one batch.",
+            "help": "shuffled, as published; neighbours: hard-negative batches of lexically similar captions.",
             "choices": list(BATCHES),
         },
     )
@@ -62,7 +63,8 @@ class IeftTrainingArguments(TrainingArguments):
         metadata={"help": "With the contrastive loss: groups ranked in a step; None: as many as fill the batch."},
     )
     distillation_weight: float = field(
-        default=1.0, metadata={"help": "With a teacher: weight of the divergence from its scores in the ranking loss."}
+        default=1.0,
+        metadata={"help": "With a teacher: weight of the distillation term (KL divergence) in the ranking loss."},
     )
 
     def __post_init__(self):
@@ -74,7 +76,7 @@ class IeftTrainingArguments(TrainingArguments):
 
 
 def _check_ranges(args):
-    """Raises a ValueError that names the option, the values it takes, and the one that came."""
+    """Raise a ValueError that names the option, its valid values and the given one, if one is out of range."""
     if args.batches not in BATCHES:
         raise ValueError(f"batches must be one of {', '.join(BATCHES)}; got {args.batches!r}.")
     above_zero = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_negatives")
@@ -98,7 +100,7 @@ class IeftTrainer(Trainer):
         train_dataset: `TrainingItems`.
         eval_dataset: an `EvaluationSet`, or a dict of them by name.
         args: `IeftTrainingArguments` with `remove_unused_columns=False`.
-        teacher: a network that reads the same tensors, whose scores the model learns too; None for none.
+        teacher: a network that reads the same inputs, whose scores are distilled into the model; None for none.
     """
 
     def __init__(self, model, args, train_dataset=None, eval_dataset=None, *, teacher=None, **options):
@@ -106,12 +108,12 @@ class IeftTrainer(Trainer):
             _check_items(train_dataset, args)
             options.setdefault("data_collator", train_dataset.collate)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
-        self.model_accepts_loss_kwargs = False  # the model's keyword arguments are about pairs, not about losses
+        self.model_accepts_loss_kwargs = False  # the model's keyword arguments select pairs, they are not loss options
         self.add_callback(_EpochOfItems(train_dataset))
         self.add_callback(_GradientsChecked(self))
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(args.device)
-        self._recent_batches = []  # of the step at hand
-        self._overflows = 0  # steps in a row that float16 could not hold
+        self._recent_batches = []  # of the current step
+        self._overflows = 0  # consecutive steps with float16 overflow
         self._is_saving = False
 
     def _get_train_sampler(self, train_dataset=None):
@@ -120,25 +122,25 @@ class IeftTrainer(Trainer):
         return super()._get_train_sampler(train_dataset)
 
     def train(self, *arguments, **options):
-        """As the Trainer's.
+        """As `Trainer.train`.
 
         Raises:
-            ValueError: where no step would be taken.
+            ValueError: if not a single step could be taken.
         """
         batch = self.args.per_device_train_batch_size * self.args.world_size
         if self.args.dataloader_drop_last and len(self.train_dataset) < batch:
             raise ValueError(
                 f"No step can be taken: --dataloader_drop_last leaves out the only batch, of "
-                f"{len(self.train_dataset)} captions where {batch} fill one. Leave it away, or lower "
+                f"{len(self.train_dataset)} captions where {batch} fill one. Omit it, or lower "
                 "--per_device_train_batch_size."
             )
         return super().train(*arguments, **options)
 
     def get_train_dataloader(self):
-        """As the Trainer's, with a generator of its own.
+        """As `Trainer.get_train_dataloader`, with its own random generator.
 
-        A loader seeds its workers when they start: with workers that outlive an epoch once, but again in a run that
-        was killed and goes on. Drawn from the global generator, that would shift all dropout after it.
+        A loader draws a seed when its workers start: persistent workers start once, but again in a resumed run. Drawn
+        from the global generator, this would change all dropout masks after it.
         """
         loader = super().get_train_dataloader()
         getattr(loader, "base_dataloader", loader).generator = torch.Generator().manual_seed(self.args.seed)
@@ -175,26 +177,26 @@ class IeftTrainer(Trainer):
         return self.teacher(**tensors).logits.float()
 
     def _matches_in_batch(self, inputs):
-        """(B, B), B rows on all processes: where the image of one carries the sentence of another."""
+        """(B, B) for the B rows of all processes: True where the image of a row carries the sentence of a column."""
         if process_count() == 1:
             return inputs["is_match"][:, inputs["candidates"][:, 0]]
         carried = gather_rows(inputs["image_text_ids"], fill=-1)  # (B, T)
         return (carried[:, :, None] == gather_rows(inputs["text_ids"])).any(dim=1)
 
     def _contrastive_and_group_loss(self, model, tensors, is_match):
-        """The images (I) of this process with the captions of their rows, in the batch of all (B); `is_match` (B, B).
+        """The loss of the batch of all processes (B rows), of which this process holds I; `is_match` is (B, B).
 
-        Each process reads the captions of all, which cost little, and scores the images of its own.
+        Each process encodes all captions, which is cheap, and scores only its own images.
         """
         progress = self.state.global_step / max(1, self.state.max_steps)
         ranks = progress >= self.args.ranking_start
         groups = self._choose_groups(tensors, is_match, mined=progress >= self.args.mining_start)  # (K, N)
-        # Before it starts, the ranking head is read for one pair and multiplied by 0: every parameter has a gradient.
+        # Before the ranking loss starts, one pair is scored and weighted 0, so that every parameter has a gradient.
         groups = groups if ranks else groups[:1, :1]
         size, num_images = groups.shape[1], len(tensors["pixel_values"])
         images = groups.flatten() - process_rank() * num_images  # (K*N,) rows of this process, where in 0..I-1
         own = torch.nonzero((images >= 0) & (images < num_images))[:, 0]
-        places = own if len(own) else own.new_zeros(1)  # a process without an image in any group reads one for nothing
+        places = own if len(own) else own.new_zeros(1)  # else score a dummy pair to keep ranks in sync
         pairs = {
             "pixel_values": tensors["pixel_values"],
             "input_ids": gather_rows(tensors["input_ids"]),
@@ -215,7 +217,7 @@ class IeftTrainer(Trainer):
         return self.args.contrastive_weight * contrastive + (ranking if ranks else 0.0 * scores.sum())
 
     def _choose_groups(self, tensors, is_match, *, mined):
-        """Rows of the batch to be ranked among each other: (K, N). N is at most `num_negatives` + 1."""
+        """Groups of rows of the batch whose pairs are all scored: (K, N). N is at most `num_negatives` + 1."""
         num_items = len(is_match)
         size = min(self.args.num_negatives + 1, num_items)
         count = min(self.args.groups_per_step or max(1, num_items // size), num_items)
@@ -227,8 +229,8 @@ class IeftTrainer(Trainer):
 
     @torch.no_grad()
     def _mine_neighbours(self, tensors, is_match, *, anchors, size):
-        """Each anchor row with the `size` - 1 rows that the contrastive heads confuse it with most."""
-        model = self.model_wrapped.eval()  # compared without dropout; wrapped, since its weights may be in shards
+        """Each anchor row with the `size` - 1 rows that are most similar to it by the contrastive heads."""
+        model = self.model_wrapped.eval()  # no dropout; the wrapped model, since its weights may be sharded
         with self.compute_loss_context_manager():
             one = torch.zeros_like(anchors[:1])
             outputs = model(**tensors, pair_images=one, pair_captions=one, output_features=True)
@@ -237,13 +239,13 @@ class IeftTrainer(Trainer):
         similarity = (similarity + similarity.T).masked_fill(is_match | is_match.T, -torch.inf)
         neighbours = similarity[anchors].topk(size - 1, dim=1).indices  # (K, N - 1)
         groups = torch.cat([anchors[:, None], neighbours], dim=1)
-        return broadcast(groups)  # machines that are not alike may round, and so choose, differently
+        return broadcast(groups)  # rounding, and so the choice, may differ between different machines
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """As the Trainer's; batches are remembered until the optimizer has taken their step.
+        """As `Trainer.training_step`; batches are kept for the error report until the optimizer step.
 
         Raises:
-            FloatingPointError: for a loss that is no number, before anything is learnt from it.
+            FloatingPointError: if the loss is not finite, before any weight is updated.
         """
         self._recent_batches.append(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -252,13 +254,13 @@ class IeftTrainer(Trainer):
         return loss
 
     def check_gradients(self):
-        """Before the optimizer's step.
+        """Check the gradients before the optimizer step.
 
-        With float16 a gradient that overflowed is left out by the loss scaler, which then lowers its scale; that is
-        counted alone.
+        With float16, the loss scaler skips a step whose gradients overflow and lowers its scale; such steps are only
+        counted.
 
         Raises:
-            FloatingPointError: for gradients that are no numbers; with float16, from the 26th time in a row.
+            FloatingPointError: if gradients are not finite; with float16, only from the 26th time in a row.
         """
         gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -268,7 +270,7 @@ class IeftTrainer(Trainer):
         self._recent_batches.clear()
 
     def _stop(self, problem):
-        """Name the batch, in a file and in the error."""
+        """Stop with an error that names the batch, which is also saved as a file."""
         path = Path(self.args.output_dir) / f"bad_batch_{self.args.process_index}.json"
         entries = [entry for batch in self._recent_batches for entry in self._describe(batch)]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -276,21 +278,21 @@ class IeftTrainer(Trainer):
         unreadable = [entry["filename"] for entry in entries if not entry["pixels_are_finite"]]
         shown = "; ".join(f"{entry['filename']}: {entry['caption']}" for entry in entries[:3])
         raise FloatingPointError(
-            f"{problem} in step {self.state.global_step + 1}. Nothing was learnt from that step. Its batch of "
+            f"{problem} in step {self.state.global_step + 1}. The step was not applied. Its batch of "
             f"{len(entries)} ({shown}...) is listed in {path}. "
-            + (f"These images have pixels that are no numbers: {', '.join(unreadable)}. " if unreadable else "")
-            + "If its images and captions are in order, lower --learning_rate; --resume_from_checkpoint true "
+            + (f"These images have pixels that are not finite: {', '.join(unreadable)}. " if unreadable else "")
+            + "If its images and captions are valid, lower --learning_rate; --resume_from_checkpoint true "
             "resumes from the last checkpoint."
         )
 
     def _describe(self, batch):
-        """Filename, caption, and whether the pixels are numbers, of each row of a batch."""
+        """Filename, caption, and whether the pixels are finite, for each row of a batch."""
         finite = torch.isfinite(batch["pixel_values"]).flatten(1).all(dim=1).tolist()
         rows = self.train_dataset.describe(batch["items"].tolist())
         return [row | {"pixels_are_finite": each} for row, each in zip(rows, finite, strict=True)]
 
     def _run_epoch(self, **options):
-        """A run that is gone on with after its last step takes no other: the Trainer alone would take one."""
+        """Take no step in a run that is resumed after its last step: the Trainer alone would take one."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -301,11 +303,11 @@ class IeftTrainer(Trainer):
         return str(Path(folder) / UNFINISHED) if self._is_saving else folder
 
     def _save_checkpoint(self, model, trial):
-        """As the Trainer's, but written under another name, and given its own when every process has written its part.
+        """As the Trainer's, but written under a temporary name and renamed when every process has written its part.
 
         Raises:
-            FloatingPointError: for weights that are no numbers, which are not saved.
-            OSError: for a disk that is full; the earlier checkpoints stay.
+            FloatingPointError: if weights are not finite; they are not saved.
+            OSError: if the disk is full; earlier checkpoints are kept.
         """
         self._check_weights()
         folder = Path(self._get_output_dir(trial))
@@ -332,7 +334,7 @@ class IeftTrainer(Trainer):
     def _publish(self, unfinished, checkpoint):
         for is_its_turn in (self.is_world_process_zero(), self.is_local_process_zero()):
             self.accelerator.wait_for_everyone()
-            if is_its_turn and unfinished.exists():  # the second time: on machines with a disk of their own
+            if is_its_turn and unfinished.exists():  # the second turn: on machines without a shared disk
                 publish(unfinished, checkpoint)
                 unfinished.parent.rmdir()
                 best = self.state.best_model_checkpoint
@@ -374,7 +376,7 @@ class IeftTrainer(Trainer):
         return score_matrix(model, evaluation_set.images, evaluation_set.caption_tokens, **options)
 
     def ranking_options(self):
-        """How the arguments want `ieft.evaluation.ranking` to compute."""
+        """Options of `ieft.evaluation.ranking` that follow from the training arguments."""
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         return {
             "dtype": dtype, "progress": not self.args.disable_tqdm, "num_workers": self.args.dataloader_num_workers
@@ -387,17 +389,17 @@ class IeftTrainer(Trainer):
 
 
 class _EpochOfItems(TrainerCallback):
-    """Tells the training items which epoch it is: their augmentations and negatives hang on it, also when resumed."""
+    """Sets the epoch of the training items, which determines augmentations and negatives, also when resuming."""
 
     def __init__(self, items):
         self.items = items
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """What the Trainer leaves undone: the best checkpoint of a folder that was moved; dropout that differs."""
+        """Fix the path of the best checkpoint in a moved folder, and give each process its own dropout seed."""
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         if state.best_global_step and best.is_dir():
             state.best_model_checkpoint = str(best)
-        if args.world_size > 1:  # equal seeds would drop the same units for each process's images
+        if args.world_size > 1:  # with equal seeds, every process would drop the same units
             torch.manual_seed(args.seed + args.process_index)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -405,7 +407,7 @@ class _EpochOfItems(TrainerCallback):
 
 
 class _GradientsChecked(TrainerCallback):
-    """Looks at the gradients before the optimizer does."""
+    """Checks the gradients before each optimizer step."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -415,7 +417,7 @@ class _GradientsChecked(TrainerCallback):
 
 
 def _check_items(items, args):
-    """Raises a ValueError where items and arguments do not fit, or nothing can be learnt from them."""
+    """Raise a ValueError if items and arguments do not fit together, or if nothing can be learnt from the items."""
     batch = args.per_device_train_batch_size * args.world_size
     expected = 0 if args.contrastive_weight else args.num_negatives
     if items.num_negatives != expected:
@@ -439,9 +441,9 @@ def _check_items(items, args):
 
 
 def _put_together(logits, places, num_rows, size, *, counts):
-    """Scores of all groups from those rows, at `places`, that each process has scored: (K, N, N).
+    """Combine the rows, at `places`, that each process has scored into the scores of all groups: (K, N, N).
 
-    Without `counts`, this process has scored a row for nothing.
+    With `counts` False, the row of this process is a dummy and is ignored.
     """
     scores = logits.view(-1, size).float() * counts
     scores = scores.new_zeros(num_rows, size).index_copy(0, places, scores)
@@ -449,14 +451,14 @@ def _put_together(logits, places, num_rows, size, *, counts):
 
 
 def matching_loss(scores, is_match):
-    """Cross-entropy of the diagonal, by rows and by columns, other right pairs left out.
+    """Cross-entropy of the diagonal, by rows and by columns, ignoring other matching pairs.
 
     Args:
         scores: (K, N, N), row i and column i belong together.
-        is_match: (K, N, N), True also where another row's caption is right by being the same sentence.
+        is_match: (K, N, N), True also where another row's caption matches because it is the same sentence.
 
     Returns:
-        The mean over both ways.
+        The mean over both directions.
     """
     targets = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
     own = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
