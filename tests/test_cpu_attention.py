@@ -1,6 +1,8 @@
 """Tests of the compiled CPU attention against attention written out."""
 
+import ctypes
 import logging
+import os
 import platform
 import shutil
 import subprocess
@@ -24,8 +26,15 @@ INSTRUCTIONS = ["native", "-mno-avx512f", "-mno-avx"] if platform.machine() in (
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="this machine has no C++ compiler")
 
 
+@pytest.fixture(scope="module")
+def cache_of_tests(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def compile_anew():
+def as_a_new_process(monkeypatch, cache_of_tests):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_of_tests))
+    monkeypatch.setattr(compiled, "_failures", [])
     compiled_for.cache_clear()
     yield
     compiled_for.cache_clear()
@@ -147,22 +156,124 @@ def test_any_number_of_threads_gives_the_same_bits():
 
 
 @pytest.mark.skipif(not can_prepack(make_model(), None), reason="this machine has no oneDNN")
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true x"])  # absent, failing, giving nothing
+@pytest.mark.parametrize(
+    "compiler", ["no-such-compiler", "false", "true x", "'c++"]
+)  # absent, failing, giving nothing
 def test_without_a_compiler_scores_are_the_same(compiler, monkeypatch, caplog):
     model, (images, captions) = make_model(), make_sides()
     expected = score_matrix(model, images, captions, progress=False)
     compiled_for.cache_clear()
     monkeypatch.setenv("CXX", compiler)
-    with caplog.at_level(logging.INFO, "ieft.cpu.attention"):
+    with caplog.at_level(logging.WARNING, "ieft.cpu.attention"):
         scores = score_matrix(model, images, captions, progress=False)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
-    assert "PyTorch's attention" in caplog.text
+    assert caplog.text.count("PyTorch's attention") == 1  # though heads of several widths ask for it
 
 
 @needs_compiler
 def test_the_compiler_may_be_named_with_more_words(monkeypatch):
     monkeypatch.setenv("CXX", "env c++ -O2")
     assert compiled_for(4) is not None
+    monkeypatch.setenv("CXX", "'c++")  # an unfinished quotation
+    assert compiled_for(5) is None
+
+
+def libraries(folder):
+    return sorted((folder / "ieft").glob("*"))
+
+
+def compiles(width, monkeypatch):
+    """Whether attention of this width is right in a new process, and how often that process called a compiler."""
+    calls = []
+    run = subprocess.run
+    monkeypatch.setattr(compiled.subprocess, "run", lambda *args, **kwargs: calls.append(args) or run(*args, **kwargs))
+    compiled_for.cache_clear()
+    sides = draw(1, 9, 2, width)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled.F, "scaled_dot_product_attention", None)  # which is not called
+        torch.testing.assert_close(attend(*sides).double(), written_out(*sides), atol=3e-6, rtol=0)
+    monkeypatch.setattr(compiled.subprocess, "run", run)
+    return len(calls)
+
+
+@needs_compiler
+def test_it_is_compiled_once_for_all_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
+    assert [compiles(width, monkeypatch) for width in (4, 4, 6, 4)] == [1, 0, 1, 0]
+    kept = libraries(tmp_path / "new")
+    assert [path.suffix for path in kept] == [".so", ".so"]  # and nothing beside them
+    assert all(path.stat().st_mode & 0o777 == 0o700 for path in (*kept, kept[0].parent))
+    monkeypatch.setenv("CXX", "c++ -O2")
+    assert compiles(4, monkeypatch) == 1
+    monkeypatch.setattr(compiled, "_cpu_model", lambda: "another CPU")
+    assert compiles(4, monkeypatch) == 1
+
+
+ONE_PROCESS = "import sys; from ieft.cpu.attention import compiled_for; sys.exit(compiled_for(5) is None)"
+
+
+@needs_compiler
+def test_processes_may_compile_at_once(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    started = [subprocess.Popen([sys.executable, "-c", ONE_PROCESS], cwd=ROOT, env=environment) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    assert len(libraries(tmp_path)) == 1
+
+
+def truncate(library):
+    library.write_bytes(library.read_bytes()[:100])
+
+
+def let_others_write(library):
+    library.chmod(0o722)
+
+
+def let_others_write_the_folder(library):
+    library.parent.chmod(0o777)
+
+
+def point_elsewhere(library):
+    library.rename(library.with_suffix(".other"))
+    library.symlink_to(library.with_suffix(".other"))
+
+
+def give_away(library):
+    os.chown(library, 12345, 12345)
+
+
+@needs_compiler
+@pytest.mark.parametrize("harm", [truncate, let_others_write, let_others_write_the_folder, point_elsewhere, give_away])
+def test_a_library_of_others_is_never_loaded(harm, cache_of_tests, tmp_path, monkeypatch):
+    compiles(4, monkeypatch)
+    copied = shutil.copytree(cache_of_tests, tmp_path / "copy")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(copied))
+    assert compiles(4, monkeypatch) == 0
+    copied = shutil.copytree(cache_of_tests, tmp_path / "harmed")  # which this process has not loaded yet
+    monkeypatch.setenv("XDG_CACHE_HOME", str(copied))
+    command = ["c++", *compiled.OPTIONS, "-DWIDTH=4"]
+    library = copied / "ieft" / f"attention-{compiled._digest(command)}.so"
+    try:
+        harm(library)
+    except PermissionError:
+        pytest.skip("only root may give a file away")
+    loaded = []
+    load = ctypes.CDLL
+    monkeypatch.setattr(compiled.ctypes, "CDLL", lambda path: loaded.append(Path(path).stat().st_ino) or load(path))
+    harmed = library.stat().st_ino
+    assert compiles(4, monkeypatch) == 1
+    assert harm is truncate or harmed not in loaded
+    if harm is not let_others_write_the_folder:
+        assert compiles(4, monkeypatch) == 0  # since it was replaced
+
+
+@needs_compiler
+@pytest.mark.parametrize("cache", ["a-file", "relative"])
+def test_a_cache_that_cannot_be_written_is_done_without(cache, tmp_path, monkeypatch):
+    (tmp_path / "a-file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", cache if cache == "relative" else str(tmp_path / cache))
+    assert [compiles(4, monkeypatch) for _ in range(2)] == [1, 1]
+    assert os.listdir(tmp_path) == ["a-file"]
 
 
 def test_the_source_is_in_the_wheel(tmp_path):
