@@ -59,17 +59,17 @@ PUBLISHED_NAMES = {
         for inner, inner_name in INSIDE_A_BLOCK.items()
     },
 }
-# Tensors of a source that IEFT has no use for.
+# Tensors of a source that IEFT does not use, and why.
 IGNORED = {
     r"text_embeddings\.position_ids$": "a buffer of 0, 1, 2, ...",
     r"local_net\.\d+\.(norm1|attn|gata_tra)\.": "stored in published IEFT checkpoints, never run",
-    r"itm_score\.": "image-text matching; its row 1 is where the ranking head starts",
+    r"itm_score\.": "image-text matching; its row 1 initializes the ranking head",
     r"(mlm|mpp)_score\.": "masked language and patch modelling",
     r"(vqa_|nlvr2_)?classifier\.": "classification",
-    r"(image_projection|text_projection|logit_scale)\b": "contrastive heads, not asked for",
+    r"(image_projection|text_projection|logit_scale)\b": "contrastive heads, not requested",
 }
 CONTRASTIVE_HEADS = ("image_projection.", "text_projection.", "logit_scale")
-# Sizes that a transformers ViLT and IEFT share; dropout and depth are IEFT's own.
+# Configuration fields taken from a transformers ViLT; dropout and depth are IEFT's own.
 SHARED_SIZES = (
     "vocab_size", "type_vocab_size", "modality_type_vocab_size", "max_position_embeddings", "hidden_size",
     "num_attention_heads", "intermediate_size", "hidden_act", "initializer_range", "layer_norm_eps", "image_size",
@@ -79,21 +79,21 @@ DEFAULT_TOKENIZER = "bert-base-uncased"
 
 
 def load_any_checkpoint(source, *, tokenizer=None, fit=None, **sizes):
-    """The network and processor of a checkpoint of any make; what is new in it starts as `IeftConfig` says.
+    """Load the network and processor of a ViLT or IEFT checkpoint; new parameters are initialized.
 
     Args:
         source: a file (Lightning `.ckpt`, `.pt`, `.bin`), a folder, or a Hub id.
-        tokenizer: folder or Hub id of the tokenizer. Left out, the source's own, or BERT's uncased.
-        fit: as `IeftImageProcessor`; left out, the source's own, or "crop".
+        tokenizer: folder or Hub id of the tokenizer; by default the source's own, or BERT's uncased.
+        fit: as `IeftImageProcessor`; by default the source's own, or "crop".
         sizes: fields of `IeftConfig` to change, such as `image_size` (positions are interpolated) or
-            `contrastive_dim`; None leaves a field as the source has it.
+            `contrastive_dim`; None keeps the source's value.
 
     Returns:
         (IeftForImageTextRetrieval in eval mode and float32, IeftProcessor)
 
     Raises:
-        ValueError: for a source that is none of these, needs more than tensors to be read, or does not fit.
-        OSError: for a source or tokenizer that cannot be had.
+        ValueError: if the source is none of these, holds more than tensors, or does not fit.
+        OSError: if the source or tokenizer cannot be found or downloaded.
     """
     sizes = {name: value for name, value in sizes.items() if value is not None}
     if os.path.isfile(source):
@@ -112,17 +112,17 @@ def load_any_checkpoint(source, *, tokenizer=None, fit=None, **sizes):
 
 
 def read_tensors(path):
-    """Name -> tensor of one file. Nothing in it is executed.
+    """Name -> tensor of one file. No code in the file is executed.
 
     Raises:
-        ValueError: for a file that is no checkpoint, or that only running code from it could read.
+        ValueError: if the file is no checkpoint, or if reading it would need to run code from it.
     """
     if str(path).endswith(".safetensors"):
         try:
             return load_file(path)
         except (SafetensorError, ValueError, KeyError, MemoryError) as error:
             raise ValueError(
-                f"{path} is no safetensors file, or a damaged one: {error}. Download it again."
+                f"{path} is not a safetensors file, or it is damaged: {error}. Download it again."
             ) from error
     _check_unpacked_size(path)
     try:
@@ -148,12 +148,12 @@ def read_tensors(path):
 
 
 def _check_unpacked_size(path):
-    """That a zip, as `torch.save` writes it, holds no more than its own size: nothing in it is compressed."""
+    """Raise a ValueError for compressed zip files: `torch.save` does not compress, a decompression bomb does."""
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
     except (zipfile.BadZipFile, NotImplementedError, ValueError):
-        return  # the older format, or what torch.load will refuse
+        return  # the older format, or a file that torch.load will refuse
     if unpacked > os.path.getsize(path):
         raise ValueError(
             f"{path} unpacks to {unpacked:,} bytes, more than it has: no checkpoint that torch saves does."
@@ -161,7 +161,7 @@ def _check_unpacked_size(path):
 
 
 def find_folder(source):
-    """A folder as it is, a Hub repository as its files in the cache, with safetensors where it has both kinds."""
+    """A folder unchanged, or the cached files of a Hub repository; safetensors are preferred."""
     if os.path.isdir(source):
         return Path(source)
     if str(source).count("/") > 1 or str(source).endswith((".ckpt", ".pt", ".bin", ".safetensors")):
@@ -184,10 +184,10 @@ def read_folder(folder):
 
 
 def published_config(source, tensors, sizes):
-    """The configuration behind published names, read off the shapes; heads are 64 wide, as in all published ones.
+    """Infer the configuration of a published checkpoint from its shapes; head size is 64 as in all published ones.
 
     Raises:
-        ValueError: for names of another network.
+        ValueError: if the names are of another network.
     """
     missing = [name for name in SIZED_BY if name not in tensors]
     if missing:
@@ -234,12 +234,12 @@ SIZED_BY = {
 
 
 def fitting_stages(depth):
-    """The published places of enhancement stages, as far as there are blocks."""
+    """The published positions of enhancement stages, limited to the number of blocks."""
     return [block for block in IeftConfig.enhancement_layers if block < depth]
 
 
 def folder_config(source, folder, sizes):
-    """The configuration of an IEFT folder, or that of an IEFT around a transformers ViLT."""
+    """The configuration of an IEFT folder, or of an IEFT that is initialized from a transformers ViLT."""
     found, _ = IeftConfig.get_config_dict(folder)
     if found.get("model_type") == "ieft":
         return IeftConfig.from_pretrained(folder, **sizes)
@@ -247,7 +247,7 @@ def folder_config(source, folder, sizes):
         raise ValueError(f"A ViLT or IEFT checkpoint expected; {source} is of type {found.get('model_type')!r}.")
     try:
         vilt = ViltConfig.from_dict(found)
-    except Exception as error:  # what transformers raises for fields of a wrong type is of many kinds
+    except Exception as error:  # for fields of a wrong type, transformers raises many kinds of errors
         raise ValueError(f"{source}: its config.json is not that of a ViLT: {error}") from error
     shared = {name: getattr(vilt, name) for name in SHARED_SIZES}
     depth = min(vilt.num_hidden_layers, IeftConfig.num_hidden_layers)
@@ -259,15 +259,15 @@ def folder_config(source, folder, sizes):
 
 
 def rename_transformers(state_dict):
-    """Tensors of a transformers ViLT, or of an IEFT saved with or without its head, under our names."""
+    """Rename tensors of a transformers ViLT, or of an IEFT saved with or without its head, to our names."""
     network = ("embeddings.", "encoder.", "layernorm.", "pooler.")
     return {"vilt." + name if name.startswith(network) else name: tensor for name, tensor in state_dict.items()}
 
 
 def rename_published(state_dict):
-    """Tensors under our names, and the names that have no place in IEFT.
+    """Rename published tensors to our names, and list the names that have no counterpart in IEFT.
 
-    A joined `qkv` tensor becomes a query, a key and a value; a 1x1 convolution becomes a linear map.
+    A fused `qkv` tensor becomes query, key and value; a 1x1 convolution becomes a linear layer.
 
     Returns:
         (dict of renamed tensors, list of source names without a counterpart)
@@ -301,14 +301,14 @@ def build_model(config, tensors, unknown):
     """A model with these weights.
 
     Args:
-        config: what to build.
+        config: configuration of the model.
         tensors: our name -> tensor.
         unknown: names of the source that have no counterpart.
 
     Raises:
-        ValueError: that lists every tensor without a place, without a value, or of another shape.
+        ValueError: lists every tensor that is unexpected, missing or of another shape.
     """
-    with torch.device("meta"):  # shapes alone: nothing is allocated for a checkpoint that does not fit
+    with torch.device("meta"):  # only shapes: no memory is allocated for a checkpoint that does not fit
         own = IeftForImageTextRetrieval(config).state_dict()
     tensors = reshape(tensors, own, config)
     left_out = [name for name in [*unknown, *tensors] if name not in own]
@@ -329,12 +329,12 @@ def build_model(config, tensors, unknown):
         logger.info("%d tensors left out: %s", count, reason)
     if new:
         stages_and_heads = sorted({re.sub(r"(enhancement\.\d+)\..*", r"\1", name) for name in new})
-        logger.info("New, to be trained: %s", ", ".join(stages_and_heads))
+        logger.info("Newly initialized, to be trained: %s", ", ".join(stages_and_heads))
     return model
 
 
 def reshape(tensors, own, config):
-    """Positions for the grid of `config`; contrastive heads of another width than our `own` are dropped."""
+    """Interpolate positions to the grid of `config`; drop contrastive heads whose size differs from `own`."""
     positions = EMBEDDINGS + "position_embeddings"
     if positions in tensors and tensors[positions].dim() == 3 and tensors[positions].shape[1] > 1:
         tensors = tensors | {positions: interpolate_positions(tensors[positions], config.grid_size)}
@@ -344,23 +344,23 @@ def reshape(tensors, own, config):
 
 
 def start_ranking_head(renamed, source):
-    """The renamed tensors with a ranking head: their own, or the "match" row, 1, of the source's matching head."""
+    """Add a ranking head if there is none: row 1 ("match") of the source's image-text matching head."""
     if "itm_score.fc.weight" not in source or "rank_output.weight" in renamed:
         return renamed
     return renamed | {f"rank_output.{kind}": source[f"itm_score.fc.{kind}"][1:] for kind in ("weight", "bias")}
 
 
 def reason_to_ignore(name, num_hidden_layers):
-    """Why a tensor without a place is left out, or None for one that must have a place."""
+    """Why an unexpected tensor can be ignored, or None if it cannot."""
     block = re.match(r"vilt\.encoder\.layer\.(\d+)\.", name)
     if block and int(block.group(1)) >= num_hidden_layers:
-        return "blocks beyond those that run"
+        return "blocks beyond those that are used"
     inner = name.removeprefix("vilt.embeddings.")
     return next((reason for pattern, reason in IGNORED.items() if re.match(pattern, inner)), None)
 
 
 def may_be_new(name, tensors):
-    """Whether a parameter may start afresh: stages where the source has none, the heads."""
+    """Whether a parameter may be newly initialized: enhancement stages if the source has none, and heads."""
     if ".enhancement." in name:
         return not any(".enhancement." in other for other in tensors)
     return name.startswith("rank_output.") or is_contrastive(name)
@@ -371,7 +371,7 @@ def is_contrastive(name):
 
 
 def interpolate_positions(positions, grid_size):
-    """Learned positions (1, 1+P, D) for another grid, (1, 1+grid_size^2, D): bilinear, corners aligned."""
+    """Interpolate learned positions (1, 1+P, D) to another grid, (1, 1+grid_size^2, D): bilinear, corners aligned."""
     old_size = round((positions.shape[1] - 1) ** 0.5)
     if old_size == grid_size or old_size**2 != positions.shape[1] - 1:
         return positions
@@ -384,18 +384,18 @@ def interpolate_positions(positions, grid_size):
 
 
 def load_processor(folder, config, *, tokenizer=None, fit=None):
-    """The processor of an IEFT folder, or a new one around the tokenizer that lies there or is named.
+    """The processor of an IEFT folder, or a new one with the folder's tokenizer or the given one.
 
     Raises:
-        OSError: where no tokenizer can be had.
-        ValueError: for a tokenizer of another vocabulary than the network's.
+        OSError: if no tokenizer can be loaded.
+        ValueError: if the vocabulary does not have the size of the network's embeddings.
     """
     if (folder / "processor_config.json").is_file() and tokenizer is None:
         try:
             processor = IeftProcessor.from_pretrained(folder)
         except OSError:
             raise
-        except Exception as error:  # of garbage, the tokenizers library raises anything
+        except Exception as error:  # for damaged files, the tokenizers library raises any kind of error
             raise ValueError(f"The processor or tokenizer in {folder} cannot be read: {error}") from error
         processor.image_processor.image_size = config.image_size
         processor.image_processor.fit = fit or processor.image_processor.fit
@@ -404,15 +404,15 @@ def load_processor(folder, config, *, tokenizer=None, fit=None):
     place = tokenizer or (str(folder) if has_own else DEFAULT_TOKENIZER)
     try:
         vocabulary = BertTokenizer.from_pretrained(place)
-    except Exception as error:  # of garbage, the tokenizers library raises anything
+    except Exception as error:  # for damaged files, the tokenizers library raises any kind of error
         raise OSError(
-            f"No tokenizer could be had from {place!r}. Pass --tokenizer with a folder that holds BERT's uncased "
+            f"No tokenizer could be loaded from {place!r}. Pass --tokenizer with a folder that holds BERT's uncased "
             "vocabulary (vocab.txt or tokenizer.json), or a Hub id that can be reached."
         ) from error
     special = len(vocabulary.all_special_tokens)
-    if len(vocabulary) <= special:  # what transformers makes where it finds no vocabulary
+    if len(vocabulary) <= special:  # what transformers returns if it finds no vocabulary
         raise OSError(
-            f"No tokenizer could be had from {place!r}: no vocabulary was found there. Pass --tokenizer with a folder "
+            f"No tokenizer could be loaded from {place!r}: it has no vocabulary. Pass --tokenizer with a folder "
             "that holds BERT's uncased vocabulary (vocab.txt or tokenizer.json), or a Hub id that can be reached."
         )
     if len(vocabulary) != config.vocab_size:
@@ -425,10 +425,10 @@ def load_processor(folder, config, *, tokenizer=None, fit=None):
 
 
 def save_whole(model, processor, output_dir):
-    """Model and processor as a folder that is there complete or not at all.
+    """Save model and processor as a folder, atomically.
 
     Raises:
-        FileExistsError: where something would be written over.
+        FileExistsError: if something would be overwritten.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
@@ -444,9 +444,11 @@ def save_whole(model, processor, output_dir):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a ViLT or IEFT checkpoint: a file, a folder or a Hub id")
-    parser.add_argument("output_dir", help="a folder to be made")
+    parser.add_argument("output_dir", help="folder to create")
     parser.add_argument("--tokenizer", help="folder or Hub id (default: the source's own, or bert-base-uncased)")
-    parser.add_argument("--image_size", type=int, help="other than the source's; positions are interpolated")
+    parser.add_argument(
+        "--image_size", type=int, help="another input size than the source's; positions are interpolated"
+    )
     args = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:

@@ -12,14 +12,14 @@ except ImportError:  # imported from the clone or the wheel, where these files a
 
 
 def _is_one_query(query):
-    """Whether it is one image or caption, not several: an array of images has four dimensions."""
+    """Whether the query is one image or caption instead of several; an array of images has four dimensions."""
     if isinstance(query, str | os.PathLike | Image.Image):
         return True
     return getattr(query, "ndim", 4) < 4
 
 
 class ImageTextRetrievalPipeline(Pipeline):
-    """`pipeline("image-text-retrieval", model=folder, trust_remote_code=True)`: `rank_candidates` as a pipeline."""
+    """`rank_candidates` as `pipeline("image-text-retrieval", model=folder, trust_remote_code=True)`."""
 
     _load_processor = True
     _load_image_processor = False
@@ -30,14 +30,14 @@ class ImageTextRetrievalPipeline(Pipeline):
         """Rank candidates for one query, or for each of several.
 
         Args:
-            image_or_caption: as `rank_candidates` takes a query; a list, dataset or generator of queries gives one
-                ranking for each, over all candidates.
+            image_or_caption: a query as in `rank_candidates`; for a list, dataset or generator of queries, each query
+                is ranked against all candidates.
             candidates: captions for an image, images for a caption.
-            top_k: how many of the best to give; None for all.
-            batch_size: candidates that are encoded at once.
+            top_k: number of candidates to return, best first; None for all.
+            batch_size: number of candidates to encode at once.
 
         Returns:
-            list: as `rank_candidates` gives it; of several queries, a list of them.
+            list: as `rank_candidates` returns it; for several queries, a list of such lists.
 
         Raises:
             ValueError: as `rank_candidates`.
@@ -51,7 +51,7 @@ class ImageTextRetrievalPipeline(Pipeline):
                 for query in image_or_caption]  # fmt: skip
 
     def save_pretrained(self, save_directory, **kwargs):
-        """The whole checkpoint: weights, code and processor."""
+        """Save the whole checkpoint: weights, code and processor."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
 
@@ -60,7 +60,7 @@ class ImageTextRetrievalPipeline(Pipeline):
         return {}, {name: value for name, value in options.items() if value is not None}, {}
 
     def preprocess(self, inputs):
-        return inputs  # images are opened as they are scored, so that many never lie in memory at once
+        return inputs  # images are opened when they are scored, so that not all are in memory at once
 
     def _forward(self, inputs, **options):
         return rank_candidates(self.model, self.processor, inputs["query"], inputs["candidates"], **options)

@@ -29,10 +29,10 @@ STRETCH_PERCENTILES = (2, 98)
 FITS = ("crop", "squash")
 MAX_SIDE = 2**14
 MAX_CAPTION_TOKENS = 2**16
-# PIL knows some forty more, and starts a program to read one of them (EPS).
+# PIL supports about forty more, and runs an external program to read one of them (EPS).
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
-URL_TIMEOUT = 20  # seconds without an answer
-URL_SECONDS = 120  # for all of an image
+URL_TIMEOUT = 20  # seconds without a response
+URL_SECONDS = 120  # for one image in total
 MAX_IMAGE_BYTES = 2**28  # of a URL or in base64
 # Tags of TIFF and of GDAL.
 BITS_PER_SAMPLE, SAMPLES_PER_PIXEL, COLOR_MAP, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 277, 320, 338, 339
@@ -45,13 +45,13 @@ UPRIGHT = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-FULL_READER = None  # of files that Pillow would spoil: path or bytes -> PIL RGB
+FULL_READER = None  # reads files that Pillow would distort: path or bytes -> PIL RGB
 
 
 def stretch_to_bytes(band):
-    """One band of any number type (H, W) -> uint8, its 2nd to 98th percentile over finite pixels stretched to 0..255.
+    """Stretch a band (H, W) of any number type to uint8: its 2nd to 98th percentile of finite pixels become 0 to 255.
 
-    A band without contrast becomes black where it is 0 and mid-grey elsewhere; pixels not finite become black.
+    A band without contrast becomes black where it is 0 and mid-grey elsewhere; non-finite pixels become black.
     """
     band = np.asarray(band, dtype=np.float64)
     finite = np.isfinite(band)
@@ -67,14 +67,14 @@ def stretch_to_bytes(band):
 
 
 def open_lazily(file):
-    """An image file, a path or its bytes, as PIL opens it, if it is of `FORMATS`; its pixels are not read yet."""
+    """Open an image file (path or bytes) with PIL if its format is one of `FORMATS`, without reading its pixels."""
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]
     return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
 
 
 def is_faithful(image):
-    """Whether what Pillow makes of an opened file has all that the network could see."""
+    """Whether Pillow reads an opened file without losing or distorting what the network could see."""
     if getattr(image, "format", None) != "TIFF":
         keeps_upper_byte = ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I")
         return not keeps_upper_byte and getattr(image, "format", None) != "JPEG2000"
@@ -83,38 +83,38 @@ def is_faithful(image):
     if GDAL_NO_DATA in tags or "colorinterp" in str(tags.get(GDAL_METADATA, "")).lower():
         return False
     if EXTRA_SAMPLES in tags or (COLOR_MAP in tags and image.mode != "P") or _has_mask(image):
-        return False  # an alpha that may be none; colours and masks that Pillow does not apply
+        return False  # an extra band that may not be alpha; a palette or mask that Pillow does not apply
     if bits <= 8:
         return kinds == {UNSIGNED}
     return tags.get(SAMPLES_PER_PIXEL, 1) == 1 and (bits == 16 or image.mode == "F")
 
 
 def _has_mask(image):
-    """Whether one of the first pages of a TIFF is a mask of what is transparent."""
+    """Whether one of the first pages of a TIFF is a transparency mask."""
     found, page = False, image.tell()
     try:
         for number in range(min(image.n_frames, MOST_PAGES)):
             image.seek(number)
             found = found or bool(image.tag_v2.get(KIND_OF_PAGE, 0) & MASK)
         image.seek(page)
-    except Exception:  # a page that Pillow does not know, such as a mask of one bit
+    except Exception:  # a page that Pillow cannot read, such as a 1-bit mask
         return True
     return found
 
 
 def check_bands(bands, count):
-    """Raises a ValueError where an image of `count` bands lacks one that was asked for."""
+    """Raise a ValueError if an image of `count` bands lacks a requested one."""
     if max(bands) > count:
         raise ValueError(f"it has bands 1 to {count}; band {max(bands)} was asked for")
 
 
 def open_picture(file):
-    """An image file, a path or its bytes, as PIL RGB.
+    """Read an image file (path or bytes) as PIL RGB.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: for a file in none of `FORMATS`, damaged, of more pixels than PIL's `MAX_IMAGE_PIXELS` allows, or
-            one that Pillow would spoil, where the package's own reader is not known.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is in none of `FORMATS`, is damaged, or has more pixels than PIL's `MAX_IMAGE_PIXELS`;
+            or if Pillow would distort it and `ieft` has not registered its reader.
     """
     try:
         with open_lazily(file) as image:
@@ -122,7 +122,7 @@ def open_picture(file):
                 return to_rgb(image)
     except FileNotFoundError:
         raise
-    except Exception as error:  # of garbage, PIL's readers raise anything
+    except Exception as error:  # for damaged files, PIL raises any kind of error
         if FULL_READER is None:
             shown = "image" if isinstance(file, bytes) else file
             reason = str(error) or type(error).__name__
@@ -134,13 +134,13 @@ def open_picture(file):
 
 def _beyond_pillow(name):
     return ValueError(
-        f"{name} has 16-bit colour, no data, several bands or an alpha band, of which Pillow alone would spoil "
-        "something. Pass its path after `import ieft` (pip install 'ieft[geo]'), or make it 8-bit RGB first."
+        f"{name} has 16-bit colour, nodata values, several bands or an alpha band, which Pillow alone would "
+        "distort. Pass its path after `import ieft` (pip install 'ieft[geo]'), or convert it to 8-bit RGB first."
     )
 
 
 def _fetch(source):
-    """The bytes of a URL, of a `data:` URL or of base64, or the path of a file."""
+    """The bytes of an http(s) URL, a `data:` URL or a base64 string; the path of a file is returned unchanged."""
     if source.startswith(("http://", "https://")):
         return _download(source)
     if _is_file(source):
@@ -157,7 +157,7 @@ def _fetch(source):
 
 
 def _download(url):
-    """The bytes of a URL, bounded in size and time."""
+    """Download the bytes of a URL, with limits on size and time."""
     chunks, size, started = [], 0, time.monotonic()
     try:
         with httpx.stream("GET", url, follow_redirects=True, timeout=URL_TIMEOUT) as answer:
@@ -174,15 +174,15 @@ def _download(url):
 def _is_file(source):
     try:
         return os.path.isfile(source)
-    except ValueError:  # a zero byte
+    except ValueError:  # a null byte
         return False
 
 
 def to_rgb(image):
-    """A PIL image of any mode as 8-bit RGB, turned upright as its EXIF says.
+    """Convert a PIL image of any mode to 8-bit RGB, with its EXIF orientation applied.
 
-    16-bit, 32-bit and float images are stretched by percentiles (`stretch_to_bytes`), where PIL's own conversion would
-    clip them; transparent pixels become black, as the no-data areas of a scene.
+    16-bit, 32-bit and float images are stretched by percentiles (`stretch_to_bytes`), since PIL's conversion would
+    clip them; transparent pixels become black, like nodata areas of a scene.
     """
     image = _upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
@@ -194,16 +194,16 @@ def to_rgb(image):
 
 
 def _upright(image):
-    """An image turned as its EXIF says. PIL's `exif_transpose` also writes EXIF, and fails at that of some cameras."""
-    image.load()  # of a TIFF, this turns it
+    """Apply the EXIF orientation. PIL's `exif_transpose` also rewrites EXIF, which fails for some cameras."""
+    image.load()  # this applies the orientation of a TIFF
     try:
         orientation = image.getexif().get(ORIENTATION)
-    except Exception:  # of damaged EXIF, PIL raises anything: the pixels are good all the same
+    except Exception:  # for damaged EXIF, PIL raises any kind of error, but the pixels are valid
         orientation = None
     if orientation not in UPRIGHT:
         return image
     turned = image.transpose(UPRIGHT[orientation])
-    turned.info = {name: value for name, value in image.info.items() if name == "transparency"}  # not turned again
+    turned.info = {name: value for name, value in image.info.items() if name == "transparency"}  # no EXIF
     return turned
 
 
@@ -214,12 +214,12 @@ def is_unit_float(array):
 
 
 def array_to_rgb(array):
-    """An array (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 bands -> PIL RGB.
+    """Convert an array (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 bands to PIL RGB.
 
-    Bytes are taken as they are, floats in [0, 1] as bytes divided by 255; any others are stretched band by band.
+    uint8 values are kept, floats in [0, 1] are multiplied by 255; all others are stretched band by band.
 
     Raises:
-        ValueError: for another number of dimensions or bands.
+        ValueError: if the number of dimensions or bands is another.
     """
     array = np.asarray(array)
     if array.ndim == 2:
@@ -239,10 +239,10 @@ def array_to_rgb(array):
 
 
 def image_to_rgb(image):
-    """A PIL image or an array as PIL RGB. A file that Pillow opened but would spoil is read anew.
+    """Convert a PIL image or array to PIL RGB. A file that Pillow opened but would distort is read again by path.
 
     Raises:
-        ValueError: where that cannot be done.
+        ValueError: if that is not possible.
     """
     if not isinstance(image, Image.Image):
         return array_to_rgb(image)
@@ -255,16 +255,17 @@ def image_to_rgb(image):
 
 
 class IeftImageProcessor(BaseImageProcessor):
-    """Any image as a square tensor, by default resized by bicubic interpolation and in [-1, 1].
+    """Converts images to square tensors, by default resized by bicubic interpolation and normalized to [-1, 1].
 
     Args:
-        image_size: side of the output, in pixels; the same as `size={"height": image_size, "width": image_size}`.
-        fit: how an image that is not square is resized. "crop" resizes its shorter side to `image_size` and keeps the
-            centre; "squash" resizes both sides and keeps everything, out of proportion.
-        do_resize, do_rescale, rescale_factor, do_normalize, image_mean, image_std: as in transformers' own image
-            processors: resize; multiply bytes by the factor; subtract the mean and divide by the deviation.
+        image_size: side of the output in pixels; the same as `size={"height": image_size, "width": image_size}`.
+        fit: how an image that is not square is resized. "crop" resizes its shorter side to `image_size` and crops the
+            centre; "squash" resizes both sides without keeping the aspect ratio.
+        do_resize, do_rescale, rescale_factor, do_normalize, image_mean, image_std: as in transformers' image
+            processors: resize; multiply pixel values by the factor; subtract the mean and divide by the standard
+            deviation.
 
-    Each can also be given to a call, for that call alone.
+    Each can also be passed to a single call.
     """
 
     model_input_names = ["pixel_values"]
@@ -275,7 +276,7 @@ class IeftImageProcessor(BaseImageProcessor):
     ):  # fmt: skip
         shadowed = [name for name in kwargs if name.startswith("__") or callable(getattr(type(self), name, None))]
         if shadowed:
-            raise ValueError(f"{shadowed[0]!r} cannot be set: it is a part of IeftImageProcessor.")
+            raise ValueError(f"{shadowed[0]!r} cannot be set: it is an attribute of IeftImageProcessor.")
         super().__init__(**kwargs)
         sides = {_side(each) for each in (image_size, size) if each is not None} or {384}
         if len(sides) > 1:
@@ -289,7 +290,7 @@ class IeftImageProcessor(BaseImageProcessor):
 
     @property
     def image_size(self):
-        """Side of the output, in pixels."""
+        """Side length of the output in pixels."""
         return self.size["height"]
 
     @image_size.setter
@@ -309,12 +310,12 @@ class IeftImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_pretrained(cls, source, *args, **kwargs):
-        """As transformers'; a file that holds no processor is a ValueError."""
+        """As in transformers, with a ValueError if the file holds no valid processor."""
         try:
             return super().from_pretrained(source, *args, **kwargs)
         except OSError:
             raise
-        except Exception as error:  # for content of a wrong shape, transformers raises anything
+        except Exception as error:  # for malformed content, transformers raises any kind of error
             raise ValueError(f"{source} holds no image processor that can be read: {error}") from error
 
     def __call__(self, images, **kwargs):
@@ -324,7 +325,7 @@ class IeftImageProcessor(BaseImageProcessor):
         """One image or a list: PIL, arrays, tensors, paths or URLs.
 
         Args:
-            kwargs: any of the settings above, for this call alone.
+            kwargs: any of the settings above, for this call only.
 
         Returns:
             BatchFeature: `pixel_values` (I, 3, image_size, image_size) float32, in [-1, 1] by default.
@@ -341,11 +342,11 @@ class IeftImageProcessor(BaseImageProcessor):
         images = make_flat_list_of_images(self.fetch_images(images))
         pixels = [self._to_array(image, settings) for image in images]
         if len({each.shape for each in pixels}) > 1:
-            raise ValueError("Images of different sizes cannot be one tensor: leave do_resize on.")
+            raise ValueError("Images of different sizes cannot be stacked into one tensor: keep do_resize=True.")
         return BatchFeature({"pixel_values": np.stack(pixels)}, return_tensors)
 
     def fetch_images(self, images):
-        """Paths, URLs and base64 as PIL RGB by `open_picture`; anything else as it is."""
+        """Read paths, URLs and base64 strings with `open_picture`; anything else is returned unchanged."""
         if isinstance(images, list | tuple):
             return [self.fetch_images(image) for image in images]
         return open_picture(_fetch(images)) if isinstance(images, str) else super().fetch_images(images)
@@ -353,7 +354,7 @@ class IeftImageProcessor(BaseImageProcessor):
     def _to_array(self, image, settings):
         rgb = image_to_rgb(image)
         if not isinstance(image, Image.Image) and is_unit_float(image):
-            settings = settings | {"do_rescale": True}  # it is rescaled already, and became bytes here
+            settings = settings | {"do_rescale": True}  # it was in [0, 1] and has been converted to bytes here
         if settings["do_resize"]:
             rgb = fit_square(rgb, _side(settings["size"]), settings["fit"])
         return scale_pixels(np.asarray(rgb), settings)
@@ -363,12 +364,12 @@ class IeftImageProcessor(BaseImageProcessor):
         return scale_pixels(square, vars(self))
 
     def fit_square(self, image):
-        """A PIL RGB image at `image_size` by `image_size`, by the processor's `fit`."""
+        """Resize a PIL RGB image to `image_size` x `image_size`, by the processor's `fit`."""
         return fit_square(image, self.image_size, self.fit)
 
 
 def _side(size):
-    """The side of a square that `image_size` or `size` names: a whole number, or {"height": 384, "width": 384}."""
+    """The side length from `image_size` or `size`: an integer, or a square {"height": 384, "width": 384}."""
     if isinstance(size, dict) and size.keys() == {"height", "width"} and size["height"] == size["width"]:
         side = size["height"]
     else:
@@ -382,7 +383,7 @@ def _side(size):
 
 
 def fit_square(image, side, fit):
-    """A PIL RGB image at `side` by `side`: cut ("crop") or out of proportion ("squash")."""
+    """Resize a PIL RGB image to `side` x `side`: cropped ("crop") or with another aspect ratio ("squash")."""
     if image.size == (side, side):
         return image
     if fit == "squash":
@@ -391,11 +392,11 @@ def fit_square(image, side, fit):
 
 
 def scale_pixels(pixels, settings):
-    """uint8 (H, W, 3) -> float32 (3, H, W), rescaled and normalised as an image processor's settings say."""
+    """uint8 (H, W, 3) -> float32 (3, H, W), rescaled and normalized by an image processor's settings."""
     pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
     names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
     if [settings[name] for name in names] == [True, 1 / 255, True, [0.5] * 3, [0.5] * 3]:
-        return pixels / 127.5 - 1.0  # ViLT's; the same as below but for rounding
+        return pixels / 127.5 - 1.0  # as in ViLT; the same as below except for rounding
     if settings["do_rescale"]:
         pixels = pixels * np.float32(settings["rescale_factor"])
     if settings["do_normalize"]:
@@ -405,10 +406,10 @@ def scale_pixels(pixels, settings):
 
 
 def check_text(captions):
-    """That captions are sentences that can be written as UTF-8, which the tokenizer works on.
+    """Check that captions are strings that can be encoded as UTF-8, as the tokenizer needs.
 
     Raises:
-        ValueError: that names the first one that is not.
+        ValueError: names the first caption that is not.
     """
     if not captions:
         raise ValueError("At least one caption expected; got an empty list.")
@@ -417,7 +418,7 @@ def check_text(captions):
             raise ValueError(f"Captions must be strings; caption {number} is a {type(caption).__name__}.")
         if any("\ud800" <= letter <= "\udfff" for letter in caption):
             raise ValueError(
-                f"Captions must be text; caption {number} holds half a character: {ascii(caption)[:200]}."
+                f"Captions must be text; caption {number} holds an unpaired surrogate: {ascii(caption)[:200]}."
             )
 
 
@@ -434,7 +435,7 @@ class IeftProcessor(ProcessorMixin):
     """A BERT tokenizer and an `IeftImageProcessor`.
 
     Args:
-        max_caption_tokens: captions are cut at this many tokens, [CLS] and [SEP] included; a warning says so once.
+        max_caption_tokens: captions are truncated to this many tokens, including [CLS] and [SEP], with one warning.
     """
 
     def __init__(self, image_processor=None, tokenizer=None, max_caption_tokens=40, **kwargs):
@@ -447,14 +448,14 @@ class IeftProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, **kwargs)
 
     def __call__(self, images=None, text=None, *, return_tensors="pt", **kwargs):
-        """Images, captions, or both.
+        """Convert images, captions, or both.
 
         Args:
             images: one image or a list, as `IeftImageProcessor.preprocess` takes them.
             text: one caption or a list.
             kwargs: options of the tokenizer (`padding`, by default to the longest caption given; `truncation`, by
                 default on; `max_length`, by default `max_caption_tokens`; ...) and of the image processor, as
-                transformers' processors take them: side by side, or in `text_kwargs` and `images_kwargs`.
+                in transformers' processors: directly, or in `text_kwargs` and `images_kwargs`.
 
         Returns:
             BatchFeature: `pixel_values` (I, 3, image_size, image_size), `input_ids` and `attention_mask` (C, L).
@@ -468,17 +469,17 @@ class IeftProcessor(ProcessorMixin):
             check_text(text)
             encoding = self.tokenizer(text, **{"max_length": self.max_caption_tokens} | options["text_kwargs"])
             if any(caption.overflowing for caption in encoding.encodings or ()):
-                logger.warning_once(f"Captions longer than {self.max_caption_tokens} tokens are cut there.")
+                logger.warning_once(f"Captions longer than {self.max_caption_tokens} tokens are truncated.")
             data.update(encoding)
         if images is not None:
             data.update(self.image_processor(images, return_tensors="np", **options["images_kwargs"]))
         return BatchFeature(data, return_tensors)
 
     def _options(self, kwargs):
-        """The options of tokenizer and image processor among a call's keyword arguments.
+        """Sort a call's keyword arguments into options of the tokenizer and of the image processor.
 
         Raises:
-            ValueError: for one that neither has.
+            ValueError: for an unknown option.
         """
         groups = {"text_kwargs": TextKwargs, "images_kwargs": IeftImagesKwargs}
         known = {name for group in groups.values() for name in group.__annotations__} - {"return_tensors"}
@@ -488,7 +489,7 @@ class IeftProcessor(ProcessorMixin):
             raise ValueError(f"There is no option {', '.join(unknown)}; there are {', '.join(sorted(known))}.")
         try:
             merged = self._merge_kwargs(IeftProcessorKwargs, **kwargs)
-        except Exception as error:  # of a value of a wrong type, transformers' checks have errors of their own
+        except Exception as error:  # for values of a wrong type, transformers raises errors of its own
             raise ValueError(f"An option of the processor cannot be used: {error}") from error
         return {
             group: {name: value for name, value in merged[group].items() if name != "return_tensors"}
@@ -496,7 +497,7 @@ class IeftProcessor(ProcessorMixin):
         }
 
 
-# A processor finds the class of its image processor through this table. Whatever backend is asked for, PIL works.
+# A processor finds the class of its image processor through this table; it is the same for every backend.
 BACKENDS = dict.fromkeys(("pil", "torchvision"), IeftImageProcessor)
 AutoImageProcessor.register(IeftConfig, image_processor_classes=BACKENDS, exist_ok=True)
 IeftImageProcessor.register_for_auto_class()

@@ -103,8 +103,8 @@ def test_an_original_vilt_checkpoint_starts_the_ranking_head_as_its_match_row(tm
     assert torch.equal(model.rank_output.weight[0], state_dict["itm_score.fc.weight"][1])
     assert model.rank_output.bias.item() == state_dict["itm_score.fc.bias"][1].item()
     assert len(model.vilt.encoder.enhancement) == 3
-    assert "New, to be trained: vilt.encoder.enhancement.0, vilt.encoder.enhancement.1" in caplog.text
-    assert "96 tensors left out: blocks beyond those that run" in caplog.text  # 6 blocks of 16 tensors
+    assert "Newly initialized, to be trained: vilt.encoder.enhancement.0, vilt.encoder.enhancement.1" in caplog.text
+    assert "96 tensors left out: blocks beyond those that are used" in caplog.text  # 6 blocks of 16 tensors
 
 
 def test_a_bare_state_dict_and_a_tokenizer_beside_the_file_will_do(tmp_path):
@@ -296,7 +296,7 @@ def test_the_command_writes_a_folder_and_never_over_another(tmp_path):
     make_vilt(tmp_path / "vilt")
     command = [sys.executable, convert_checkpoint.__file__, str(tmp_path / "vilt"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "parameters" in done.stdout and "New, to be trained" in done.stderr
+    assert "parameters" in done.stdout and "Newly initialized, to be trained" in done.stderr
     assert {"model.safetensors", "config.json", "processor_config.json", "modeling_ieft.py"} <= {
         path.name for path in (tmp_path / "out").iterdir()
     }

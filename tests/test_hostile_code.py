@@ -136,7 +136,7 @@ def test_a_compressed_checkpoint_is_refused(tmp_path):
 )
 def test_a_safetensors_header_that_lies(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="no safetensors file, or a damaged one"):
+    with pytest.raises(ValueError, match="not a safetensors file, or it is damaged"):
         read_tensors(tmp_path / "a.safetensors")
 
 

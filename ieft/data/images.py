@@ -18,9 +18,9 @@ from PIL import Image, ImageOps
 from ieft.data.rasters import Raster, has_raster_driver, is_tiff
 from processing_ieft import check_bands, is_faithful, open_lazily, to_rgb
 
-logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # what it cannot read, rasterio can
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # files that it cannot read are read by rasterio
 
-MAX_PIXELS = 2048 * 2048  # the network looks at 384 x 384
+MAX_PIXELS = 2048 * 2048  # the network's input is 384 x 384
 
 
 class Window(NamedTuple):
@@ -33,16 +33,16 @@ class Window(NamedTuple):
 
 
 def read_picture(file, *, bands=None):
-    """An image file as PIL RGB, upright, of at most `MAX_PIXELS`.
+    """Read an image file as upright PIL RGB of at most `MAX_PIXELS`.
 
     Args:
         file: a path, or the file's bytes.
-        bands: numbers, from 1, of the three bands that become red, green and blue, or of one that becomes grey. None
-            takes those that the file says are red, green and blue, or all where there are one or three.
+        bands: numbers, from 1, of the three bands used as red, green and blue, or of a single grey band. With None,
+            the bands that the file declares as red, green and blue, or all bands if there are one or three.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where it cannot be decoded, or bands have to be chosen first; `__cause__` is the reason alone.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be decoded, or bands must be chosen first; `__cause__` is the reason alone.
     """
     with _errors_named(file):
         image = _read_by_pillow(file, bands, most_pixels=MAX_PIXELS)
@@ -53,25 +53,25 @@ def read_picture(file, *, bands=None):
 
 
 def is_plain(file, *, bands=None):
-    """Whether Pillow and `processing_ieft.to_rgb` alone give the very pixels of `read_picture`.
+    """Whether Pillow with `processing_ieft.to_rgb` gives exactly the pixels of `read_picture`.
 
-    Such files can be stored as they are; others as the image that was read.
+    Such files can be stored unchanged; others must be stored as the image that was read.
     """
     if bands:
         return False
     try:
         with open_lazily(file) as image:
             plain = is_faithful(image) and image.width * image.height <= MAX_PIXELS
-            ImageOps.exif_transpose(image)  # as the datasets library does, which fails at the EXIF of some cameras
+            ImageOps.exif_transpose(image)  # as the datasets library does; it fails for the EXIF of some cameras
             if plain and image.format == "TIFF":
-                image.load()  # Pillow knows compressions by name that it cannot undo
+                image.load()  # Pillow opens some compressions that it cannot decode
             return plain
     except Exception:
         return False
 
 
 def describe_picture(file):
-    """Width, height and mode of an image file as stored: Pillow's name, or such as "13 x uint16"."""
+    """Width, height and mode of an image file as stored: Pillow's mode, or bands and type as "13 x uint16"."""
     try:
         with open_lazily(file) as image:
             if is_faithful(image):
@@ -93,12 +93,11 @@ def parse_bands(text):
 
 
 class Scene:
-    """An image file that windows are read from, for `with`.
+    """An image file to read windows from, as a context manager.
 
     Attributes:
-        width, height: in pixels, of the image as it is shown, turned upright.
-        dataset: as `rasterio.open` gives it, for what the file says of its place; None for other kinds of files, and
-            without rasterio.
+        width, height: in pixels, of the upright image.
+        dataset: the opened rasterio dataset, for georeferencing; None for other kinds of files, and without rasterio.
     """
 
     def __init__(self, file, limits=None, *, bands=None):
@@ -106,7 +105,7 @@ class Scene:
 
         Args:
             file: a path.
-            limits: from an earlier opening, which spare a reading at a smaller scale.
+            limits: the stretch range from an earlier opening; it avoids reading the image at a smaller scale.
             bands: as in `read_picture`.
 
         Raises:
@@ -144,14 +143,14 @@ class Scene:
 
     @property
     def limits(self):
-        """Low and high of each band that is shown, one after the other; None where they are bytes."""
+        """The stretch range: low and high of each shown band in turn; None for bytes."""
         return self._raster.limits if self._image is None else None
 
     def read(self, window):
-        """A window as PIL RGB; what is marked as no data, transparent or not finite is black.
+        """Read a window as PIL RGB; nodata, transparent and non-finite pixels are black.
 
         Raises:
-            ValueError: for pixels that are damaged.
+            ValueError: if the pixels are damaged.
         """
         if self._image is not None:
             col, row, width, height = window
@@ -161,7 +160,7 @@ class Scene:
 
 
 class _errors_named:
-    """Decoders raise errors of all kinds at damaged files: they end in one that names the file."""
+    """Context manager that turns any error of a decoder into one that names the file."""
 
     def __init__(self, file):
         self.name = f"An image of {len(file):,} bytes" if isinstance(file, bytes) else file
@@ -177,7 +176,7 @@ class _errors_named:
 
 
 def _read_by_pillow(file, bands, *, most_pixels=None):
-    """An image as RGB if Pillow reads it faithfully, of at most `most_pixels`; None if a `Raster` has to."""
+    """An image as RGB of at most `most_pixels` if Pillow reads it faithfully; None if a `Raster` must read it."""
     try:
         with open_lazily(file) as image:
             small = most_pixels is None or image.width * image.height <= most_pixels
@@ -186,7 +185,7 @@ def _read_by_pillow(file, bands, *, most_pixels=None):
             if is_faithful(image):
                 return _shrink(_pick_bands(image, bands), most_pixels)
             if image.format == "PNG":
-                image.load()  # GDAL fills up what is truncated, and says nothing
+                image.load()  # GDAL silently fills the missing part of truncated files
     except Exception:
         if not is_tiff(file):
             raise
@@ -202,7 +201,7 @@ def _pick_bands(image, bands):
 
 
 def _shrink(image, most_pixels):
-    """An image as RGB; a large JPEG is decoded at half, a quarter or an eighth of its size."""
+    """An image as RGB, reduced if needed; a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size."""
     if most_pixels is None:
         return to_rgb(image)
     share = (most_pixels / (image.width * image.height)) ** 0.5

@@ -14,18 +14,18 @@ from PIL import Image
 from processing_ieft import STRETCH_PERCENTILES, check_bands
 
 MAX_SCENE_PIXELS = 2**32
-MAX_BLOCK_BYTES = 2**28  # what a TIFF keeps as one piece has to be decoded as one
+MAX_BLOCK_BYTES = 2**28  # a block of a TIFF has to be decoded as a whole
 CACHE_MEGABYTES = 64
-REDUCED = 1024  # longest side of the reading that limits and the kind of a fourth band are taken from
-MOST_PARTLY_TRANSPARENT = 0.01  # of the pixels of an alpha band; a picture in its place has more
+REDUCED = 1024  # longest side of the reduced image from which the stretch and the kind of an alpha band are derived
+MOST_PARTLY_TRANSPARENT = 0.01  # share of partly transparent pixels in an alpha band; image data has more
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# How files begin -> GDAL's name of the kind.
+# First bytes of a file -> GDAL driver.
 DRIVERS = dict.fromkeys(TIFF_STARTS, "GTiff") | {
     b"\x89PNG": "PNG",
     b"\0\0\0\x0cjP": "JP2OpenJPEG",
     b"\xff\x4f\xff\x51": "JP2OpenJPEG",
 }
-BY_WINDOW = ("GTiff", "JP2OpenJPEG")  # a PNG is decoded whole anyway
+BY_WINDOW = ("GTiff", "JP2OpenJPEG")  # a PNG is always decoded whole
 
 
 def is_tiff(file):
@@ -34,34 +34,34 @@ def is_tiff(file):
 
 
 def has_raster_driver(file, *, windows=False):
-    """Whether a file is of a kind that `Raster` opens, or with `windows` reads by window."""
+    """Whether `Raster` can open a file, or with `windows` read it by window."""
     return _driver(file) in (BY_WINDOW if windows else DRIVERS.values())
 
 
 class Raster:
-    """A file opened by rasterio, alone, for `with`.
+    """A file opened by rasterio without any other files, as a context manager.
 
     Attributes:
         width, height: in pixels.
-        dataset: as `rasterio.open` gives it.
+        dataset: the opened rasterio dataset.
     """
 
     def __init__(self, file, bands=None, limits=None):
         """Open a path, or the bytes of a file.
 
         Args:
-            bands: numbers, from 1, of three bands or one; None takes those that the file says are red, green and blue,
-                or all where there are one or three. They are chosen when pixels are read.
-            limits: of the stretch, as `limits` gives them.
+            bands: numbers, from 1, of three bands or one; with None, the bands that the file declares as red,
+                green and blue, or all if there are one or three. They are chosen when pixels are read.
+            limits: the stretch range, as in the property `limits`.
 
         Raises:
             ImportError: without rasterio.
-            ValueError: for a file of another kind, or one that cannot be read in bounded memory.
+            ValueError: if the file is of another kind, or cannot be read in bounded memory.
         """
         self.rasterio = _import_rasterio()
         driver = _driver(file)
         if driver is None:
-            raise ValueError("it is no image of a kind that is known")
+            raise ValueError("it is not an image in a supported format")
         self._memory = self.rasterio.io.MemoryFile(file) if isinstance(file, bytes) else None
         place = self._memory.name if self._memory else Path(file).resolve()
         with self._environment():
@@ -93,10 +93,10 @@ class Raster:
 
     @property
     def bands(self):
-        """Numbers, from 1, of the bands that are shown.
+        """Numbers, from 1, of the shown bands.
 
         Raises:
-            ValueError: where there is no such band, or a choice has to be made.
+            ValueError: if there is no such band, or bands must be chosen by the user.
         """
         if self._chosen is None:
             self._chosen = self._choose_bands()
@@ -104,19 +104,19 @@ class Raster:
 
     @property
     def limits(self):
-        """Low and high of each band that is shown, one after the other: percentiles of a reading at a smaller scale.
-        None where pixels are bytes."""
+        """The stretch range: low and high of each shown band in turn, percentiles of the image at a smaller scale.
+        None for bytes."""
         if self._limits is None and self.dataset.dtypes[self.bands[0] - 1] != "uint8":
             pixels, is_data = self._read(shape=self._reduced_shape(), how="nearest")
             self._limits = [float(limit) for band in pixels for limit in find_limits(band, is_data)]
         return self._limits
 
     def read(self, window=None, *, share=1.0):
-        """The image, or a window of it, as PIL RGB; what is marked as no data, transparent or not finite is black.
+        """Read the image, or a window of it, as PIL RGB; nodata, transparent and non-finite pixels are black.
 
         Args:
             window: (col, row, width, height) in pixels.
-            share: of the width and height that is kept.
+            share: scale factor of width and height, at most 1.
         """
         col, row, width, height = window or (0, 0, self.width, self.height)
         part = ((row, row + height), (col, col + width))
@@ -134,7 +134,7 @@ class Raster:
         return Image.fromarray(np.broadcast_to(pixels, (3, *is_data.shape)).transpose(1, 2, 0).copy())
 
     def _read(self, part=None, shape=None, how="average"):
-        """Bands (1 or 3, h, w), and where they hold data (h, w)."""
+        """Bands (1 or 3, h, w), and a mask of pixels with data (h, w)."""
         resampling = self.rasterio.enums.Resampling
         with self._environment():
             options = {"window": part, "out_shape": shape}
@@ -159,12 +159,12 @@ class Raster:
         return mask_flags.per_dataset in flags and mask_flags.alpha not in flags
 
     def _mask_band(self):
-        """The number of the alpha band, if there is one that marks what is transparent."""
+        """The number of the alpha band, if there is one that is a transparency mask."""
         kinds = [kind.name for kind in self.dataset.colorinterp]
         return kinds.index("alpha") + 1 if "alpha" in kinds and self._alpha_is_mask(kinds.index("alpha") + 1) else None
 
     def _alpha_is_mask(self, band):
-        """Whether an alpha band is one. Writers call a fourth band alpha unless they are told otherwise."""
+        """Whether an alpha band is a mask. By default, writers declare any fourth band as alpha."""
         if not hasattr(self, "_is_mask"):
             with self._environment():
                 levels = self.dataset.read(band, out_shape=self._reduced_shape())
@@ -179,8 +179,8 @@ class Raster:
         kinds = [kind.name for kind in self.dataset.colorinterp]
         if "alpha" in kinds and not self._alpha_is_mask(kinds.index("alpha") + 1):
             raise ValueError(
-                f"band {kinds.index('alpha') + 1} of {len(kinds)} is called alpha and holds a picture, such as near "
-                "infrared: choose three bands, such as --bands 1,2,3, counted from 1"
+                f"band {kinds.index('alpha') + 1} of {len(kinds)} is declared as alpha but holds image data, such as "
+                "near infrared: choose three bands, such as --bands 1,2,3, counted from 1"
             )
         if {"red", "green", "blue"} <= set(kinds):
             return [kinds.index(name) + 1 for name in ("red", "green", "blue")]
@@ -197,7 +197,7 @@ class Raster:
         return np.array([colours.get(level, (0, 0, 0))[:3] for level in range(max(colours) + 1)], np.uint8)
 
     def _full_range(self, pixels):
-        """Bytes of which fewer bits are used, or that count from white, as bytes from black to white."""
+        """Scale values of fewer than 8 bits to bytes, and invert those with white as 0."""
         tags = self.dataset.tags(self.bands[0], ns="IMAGE_STRUCTURE") | self.dataset.tags(ns="IMAGE_STRUCTURE")
         bits = int(tags.get("NBITS", 8))
         if bits < 8:
@@ -210,7 +210,7 @@ class Raster:
 
 
 def find_limits(band, is_data):
-    """The 2nd and 98th percentile of a band's finite pixels that hold data; (0, 0) where there are none."""
+    """The 2nd and 98th percentile of a band's finite pixels with data; (0, 0) if there are none."""
     known = band[is_data & np.isfinite(band)]
     if not known.size:
         return 0, 0
@@ -219,7 +219,7 @@ def find_limits(band, is_data):
 
 
 def stretch(band, low, high):
-    """A band between its limits as uint8; mid-grey where they are equal, black where it is 0 or not finite then."""
+    """Stretch a band from [low, high] to uint8. If equal, non-zero finite pixels are mid-grey, others black."""
     finite = np.isfinite(band)
     if high <= low:
         return np.where(finite & (band != 0), 128, 0).astype(np.uint8)
@@ -228,7 +228,7 @@ def stretch(band, low, high):
 
 
 def _check_size(dataset):
-    """Refuse what cannot be read in bounded memory and time."""
+    """Raise a ValueError for images that cannot be read in bounded memory and time."""
     height, width = dataset.block_shapes[0]
     block = height * width * dataset.count * np.dtype(dataset.dtypes[0]).itemsize
     if dataset.width * dataset.height > MAX_SCENE_PIXELS or block > MAX_BLOCK_BYTES:
@@ -245,8 +245,8 @@ def _import_rasterio():
         import rasterio.errors
         import rasterio.io
     except ImportError as error:
-        raise ImportError("images of this kind are read by rasterio: pip install 'ieft[geo]'") from error
-    logging.getLogger("rasterio").setLevel(logging.CRITICAL)  # what is wrong is raised, not printed too
+        raise ImportError("images of this kind need rasterio: pip install 'ieft[geo]'") from error
+    logging.getLogger("rasterio").setLevel(logging.CRITICAL)  # errors are raised; they need not be printed too
     return rasterio
 
 
