@@ -34,9 +34,9 @@ from transformers.utils import logging
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor, draw_scene
 from ieft.data.images import describe_picture, read_picture
-from ieft.search.archive_files import find_images, read_hit
-from ieft.search.command import to_geojson
+from ieft.search.archive_files import find_images, read_hit, read_hits
 from ieft.search.explain import draw_heat_map, explain_pair
+from ieft.search.geography import to_geojson
 from ieft.search.index import ImageIndex
 
 MEGABYTE = 1 << 20
@@ -89,6 +89,7 @@ class SearchPage:
 
     def __init__(self, index):
         self.index = index
+        index.needs_files = True  # to be shown
         self.page = gr.Blocks(title="Image search", analytics_enabled=False, delete_cache=(300, KEPT_SECONDS))
         with self.page:
             self.query, self.hits = (gr.State(time_to_live=KEPT_SECONDS) for _ in range(2))  # stay on the server
@@ -192,10 +193,11 @@ class SearchPage:
         with archive_errors():
             hits = search(where)
             started = time.perf_counter()
-            thumbnails = [draw_thumbnail(read_hit(hit), THUMB) for hit in hits]
+            thumbnails = [(hit, draw_thumbnail(image, THUMB)) for hit, image in read_hits(hits)]
         seconds = hits.seconds | {"thumbnails": time.perf_counter() - started}
         times = ", ".join(f"{stage} {1000 * taken:,.0f} ms" for stage, taken in seconds.items())
-        shown = [(image, label_hit(hit)) for image, hit in zip(thumbnails, hits, strict=True)]
+        hits = [hit for hit, _ in thumbnails]
+        shown = [(image, label_hit(hit)) for hit, image in thumbnails]
         return {
             self.query: query if isinstance(query, str) else None,
             self.hits: hits,
@@ -218,7 +220,7 @@ class SearchPage:
 
     def _offer_geojson(self, hits):
         """The hits' outlines to download, if any has one, with file names for paths."""
-        if not any(hit["crs"] for hit in hits):
+        if not any(hit["geometry"] for hit in hits):
             return gr.DownloadButton("No image with geographic bounds: no GeoJSON", value=None, interactive=False)
         named = [hit | {"file": Path(hit["file"]).name} for hit in hits]
         text = json.dumps(to_geojson(named), indent=1, default=str)
@@ -277,7 +279,7 @@ def write_filter(width=None, height=None, name=None, placed=False, where=None):
         pattern = f"(?i){re.escape(name)}[^/]*$".replace("'", "''")  # in the name, not in the folders above it
         conditions.append(f"regexp_like(file, '{pattern}')")
     if placed:
-        conditions.append("crs IS NOT NULL")
+        conditions.append("geometry IS NOT NULL")
     if where := check_text(where, "condition"):
         conditions.append(f"({where})")
     return " AND ".join(conditions) or None
@@ -332,9 +334,10 @@ def describe_hit(hit):
     if hit["tiling"]:
         facts["tile"] = f"{hit['tile_width']} x {hit['tile_height']}, from column {hit['col']}, row {hit['row']}"
     facts |= {"rank": hit["rank"], hit["stage"]: f"score {hit['score']:.3f}", "similarity": f"{hit['similarity']:.3f}"}
-    if hit["crs"]:
-        facts["bounds"] = ", ".join(f"{side} {hit[side]:.6g}" for side in ("west", "south", "east", "north"))
-        facts["in"] = hit["crs"]
+    if hit["geometry"]:
+        facts["bounds"] = ", ".join(f"{side} {hit[side]:.6g}°" for side in ("west", "south", "east", "north"))
+    if hit["acquired"]:
+        facts["acquired"] = f"{hit['acquired']:%Y-%m-%d %H:%M} UTC"
     rows = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(fact))}</td></tr>" for name, fact in facts.items())
     return f"<table>{''.join(rows)}</table>"
 
@@ -390,7 +393,13 @@ def open_index(args):
         draw_archive(archive, args.draw_scenes)
     files = find_images(archive) if archive else []
     model = IeftForImageTextRetrieval.from_pretrained(args.model)
-    index = ImageIndex(args.index, model, processor=IeftProcessor.from_pretrained(args.model), create=bool(files))
+    index = ImageIndex(
+        args.index,
+        model,
+        processor=IeftProcessor.from_pretrained(args.model),
+        create=bool(files),
+        root=archive if archive and archive.is_dir() else None,
+    )
     if files:
         report = index.add(files)
         index.optimize()

@@ -10,7 +10,7 @@ pytest.importorskip("lancedb", reason="the vector store, extra `search`, is not 
 
 from test_index import CAPTIONS, NUM_IMAGES, archive, checkpoint  # noqa: E402, F401
 
-from ieft.search.command import draw_sheet, hit_table, main, to_geojson  # noqa: E402
+from ieft.search.command import draw_sheet, hit_table, main  # noqa: E402
 
 
 @pytest.fixture
@@ -54,7 +54,9 @@ def test_captions_of_an_image_and_why(run, archive, tmp_path):  # noqa: F811
     arguments = ("query", "--image", archive / "it's 04.png", "--explain", tmp_path / "why")
     found = json.loads(run(*arguments, "--json")[1].out)
     assert sorted(hit["caption"] for hit in found["captions"]) == sorted(CAPTIONS) and len(found["images"]) == 10
-    printed = run(*arguments)[1].out
+    with pytest.raises(SystemExit, match="why exists already: pass --overwrite"):
+        run(*arguments)
+    printed = run(*arguments, "--overwrite")[1].out
     assert printed.index(found["captions"][0]["caption"]) < printed.index(found["images"][0]["file"])
     assert sorted(path.name for path in (tmp_path / "why").iterdir()) == ["001.png", "002.png", "003.png"]
     assert np.ptp(np.asarray(Image.open(tmp_path / "why" / "001.png"))) > 100
@@ -90,18 +92,6 @@ def test_a_wrong_query_says_what_was_expected(run, archive, arguments, message):
     run("index", archive)
     with pytest.raises(SystemExit, match=message):
         run("query", *arguments)
-
-
-def test_geojson_is_in_longitude_and_latitude():
-    pytest.importorskip("rasterio", reason="GeoTIFF, extra `geo`, is not installed")
-    bounds = {"west": 500000.0, "south": 5399600.0, "east": 500600.0, "north": 5400000.0}
-    placed = {"file": "a.tif", "score": 1.0, "rank": 1, "crs": "EPSG:32631", **bounds}
-    nowhere = {"file": "b.png", "score": 0.5, "rank": 2, "crs": None, **dict.fromkeys(bounds)}
-    found, unplaced = to_geojson([placed, nowhere])["features"]
-    ring = np.array(found["geometry"]["coordinates"][0])
-    assert np.allclose(ring[0], [3.0, 48.75], atol=0.01)  # zone 31's central meridian
-    assert (ring[0] == ring[-1]).all() and (ring.max(axis=0) - ring.min(axis=0) < 0.01).all()
-    assert unplaced["geometry"] is None and found["properties"]["file"] == "a.tif"
 
 
 def test_no_hit_is_said():

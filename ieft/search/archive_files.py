@@ -1,6 +1,8 @@
 """Image files of an archive: finding them, describing them as index rows, and reading them again for a hit."""
 
 import hashlib
+import logging
+import os
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -9,10 +11,27 @@ import torch
 from torch.utils.data import Dataset
 
 from ieft.data.images import describe_picture, read_picture
+from ieft.search.geography import OWN_SIDES, PLACE_COLUMNS, locate, place_of_bounds, read_metadata
 from ieft.search.tiles import Scene, Window, cut_windows
 
-GEOTIFF_SUFFIXES = (".tif", ".tiff")
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp", *GEOTIFF_SUFFIXES)
+logger = logging.getLogger(__name__)
+
+RASTER_SUFFIXES = (".jp2", ".tif", ".tiff")  # of formats that may have a georeference
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp", *RASTER_SUFFIXES)
+# What macOS leaves beside images: no images, though they have their names.
+NO_IMAGES, NO_FOLDER = "._", "__MACOSX"
+
+
+class UnreadableHit(ValueError):
+    """The file of a hit is gone or damaged.
+
+    Attributes:
+        file: its path.
+    """
+
+    def __init__(self, file, why):
+        super().__init__(why)
+        self.file = file
 
 
 class HitImages(Dataset):
@@ -25,7 +44,11 @@ class HitImages(Dataset):
         return len(self.hits)
 
     def __getitem__(self, row):
-        square = self.image_processor.fit_square(read_hit(self.hits[row]))
+        try:
+            picture = read_hit(self.hits[row])
+        except (OSError, ValueError) as error:
+            raise UnreadableHit(self.hits[row]["file"], str(error)) from error
+        square = self.image_processor.fit_square(picture)
         return torch.from_numpy(self.image_processor.scale_pixels(np.asarray(square)))
 
 
@@ -42,23 +65,66 @@ def read_hit(hit):
         return scene.read(Window(hit["col"], hit["row"], hit["tile_width"], hit["tile_height"]))
 
 
+def read_hits(hits):
+    """Hits with what they show, as pairs; those that cannot be read are left out, with a warning for each."""
+    pairs = []
+    for hit in hits:
+        try:
+            pairs.append((hit, read_hit(hit)))
+        except (OSError, ValueError) as error:
+            logger.warning("A hit is skipped: %s", error)
+    return pairs
+
+
+def is_gone(file):
+    """Whether a file is certainly not there; one that cannot be looked at, for want of rights or a network, is not.
+
+    A link to a file that is gone is gone.
+    """
+    try:
+        os.stat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
 def find_images(archive):
-    """Image files under a folder, in order; or the one file given.
+    """Image files under a folder, in order, linked ones and those of linked folders too; or the one file given.
+
+    A file has the name that its link has. Each folder is searched once, whatever links lead to it.
 
     Raises:
         FileNotFoundError: where there is none.
     """
     archive = Path(archive)
-    paths = sorted(archive.rglob("*")) if archive.is_dir() else [archive]
+    paths = sorted(_walk(archive.resolve())) if archive.is_dir() else [archive]
     found = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
     if not found:
         raise FileNotFoundError(f"Images ({', '.join(IMAGE_SUFFIXES)}) expected at {archive}; there are none.")
     return found
 
 
+def _walk(archive):
+    """All files below a folder, by the names that links give them."""
+    folders, links, visited = [str(archive)], [], set()
+    while folders or links:  # links last, so that a folder of the archive keeps its own name
+        folder = (folders or links).pop()
+        if os.path.realpath(folder) in visited:
+            continue
+        visited.add(os.path.realpath(folder))
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name, reverse=True):
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(entry.path)
+                elif not entry.name.startswith(NO_IMAGES) and NO_FOLDER not in Path(folder).parts:
+                    yield Path(entry.path)
+
+
 def plan_tiles(file, tile, overlap):
-    """The windows of an image that is to be cut; none where it stays whole."""
-    if tile is None:
+    """The windows of an image that is to be cut; none where it stays whole, as with no `tile`."""
+    if not tile:
         return []
     with Scene(file) as scene:
         windows = cut_windows(scene.width, scene.height, tile=tile, overlap=overlap)
@@ -70,19 +136,38 @@ def read_whole(file):
     picture = read_picture(file)
     width, height, _ = describe_picture(file)  # as stored; the picture may be smaller
     row = _describe_file(file, width, height, Window(0, 0, width, height))
-    if file.lower().endswith(GEOTIFF_SUFFIXES):
-        with Scene(file) as scene:
-            row |= scene.bounds(Window(0, 0, scene.width, scene.height))
-    return row, picture
+    if not str(file).lower().endswith(RASTER_SUFFIXES):
+        return row | read_metadata(file), picture
+    with Scene(file) as scene:
+        window = Window(0, 0, scene.width, scene.height)
+        return row | read_metadata(file, scene.dataset) | locate(scene.dataset, window, file), picture
 
 
 def read_tiles(file, windows):
     """A row of the index and the picture for each of some windows, read one at a time."""
     if windows:
         with Scene(file) as scene:
+            of_scene = read_metadata(file, scene.dataset) | {"limits": scene.limits}
             for window in windows:
                 row = _describe_file(file, scene.width, scene.height, window)
-                yield row | scene.bounds(window) | {"limits": scene.limits}, scene.read(window)
+                place = locate(scene.dataset, window, file if window is windows[0] else None)  # one warning a scene
+                yield row | of_scene | place, scene.read(window)
+
+
+def place_again(row):
+    """The columns of a row's place, for rows of earlier versions, which kept the raster's own coordinates in them.
+
+    Of a file that is there the true outline is read; of others the envelope is known.
+    """
+    sides = [row[side] for side in ("west", "south", "east", "north")]
+    place = dict.fromkeys(PLACE_COLUMNS) | {"crs": row["crs"]} | dict(zip(OWN_SIDES, sides, strict=True))
+    window = Window(row["col"], row["row"], row["tile_width"], row["tile_height"])
+    try:
+        with Scene(row["file"]) as scene:
+            place |= locate(scene.dataset, window) or place_of_bounds(row["crs"], *sides)
+    except (ImportError, OSError, ValueError):
+        place |= place_of_bounds(row["crs"], *sides)
+    return {name: row[name] for name in ("file", "col", "row")} | place
 
 
 def _describe_file(file, width, height, window):

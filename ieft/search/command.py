@@ -9,6 +9,7 @@ Hits are printed as a table or JSON, or written as a contact sheet or GeoJSON.
 """
 
 import argparse
+import codecs
 import json
 import sys
 from pathlib import Path
@@ -18,10 +19,10 @@ from transformers.utils import logging
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor
 from ieft.data.images import read_picture
-from ieft.search.archive_files import find_images, read_hit
+from ieft.search.archive_files import find_images, read_hits
 from ieft.search.explain import draw_heat_map, explain_pair
 from ieft.search.feature_cache import KINDS
-from ieft.search.index import ImageIndex
+from ieft.search.geography import to_geojson
 
 SHEET_COLUMNS, THUMB, GAP, LABEL = 5, 192, 12, 20
 
@@ -31,17 +32,26 @@ def main(arguments=None):
     logging.disable_progress_bar()  # of loading weights
     try:
         return args.command(args)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: the vector store's and torch's
         sys.exit(f"ieft-search: {error}")
+    except KeyboardInterrupt:
+        sys.exit("ieft-search: interrupted; what was added is kept, and the same command goes on.")
 
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="index | query | info | export | delete")
+    commands = parser.add_subparsers(
+        required=True, metavar="index | query | info | export | delete | prune | relocate"
+    )
     index = _add_command(commands, "index", index_archive, "add the images of an archive")
     index.add_argument("archive", nargs="?", help="a folder, searched to the bottom, or one image")
-    index.add_argument("--tile", type=int, help="cut larger images into tiles of this side, in pixels")
-    index.add_argument("--overlap", type=float, default=0.25, help="the part of a tile that the next one shows too")
+    index.add_argument(
+        "--tile",
+        type=int,
+        help="cut larger images into tiles of this side, in pixels; 0 keeps them whole; left out, images stay cut as "
+        "the index has them",
+    )
+    index.add_argument("--overlap", type=float, help="with --tile, the part that the next tile shows too; 0.25")
     index.add_argument(
         "--states",
         choices=KINDS,
@@ -66,12 +76,18 @@ def build_parser():
     query.add_argument("--json", action="store_true", help="JSON instead of the table")
     query.add_argument("--sheet", help="a PNG file to draw the hits in")
     query.add_argument("--geojson", help="a file for the hits' outlines")
+    query.add_argument("--overwrite", action="store_true", help="replace files of --sheet, --geojson and --explain")
     _add_command(commands, "info", show_info, "what the index holds")
     export = _add_command(commands, "export", export_index, "the images' metadata as JSON lines")
     export.add_argument("--where", help="as for `query`")
     export.add_argument("--geojson", action="store_true", help="their outlines instead, as one FeatureCollection")
     delete = _add_command(commands, "delete", delete_images, "take images out of the index")
     delete.add_argument("files", nargs="+")
+    prune = _add_command(commands, "prune", prune_index, "take files that are gone out of the index, and name them")
+    prune.add_argument("--force", action="store_true", help="also where all files of a folder are gone")
+    relocate = _add_command(commands, "relocate", relocate_index, "say where an archive was moved to")
+    relocate.add_argument("folder", help="where the archive is now")
+    relocate.add_argument("--former", help="where it was, if that is not the root that `info` shows")
     return parser
 
 
@@ -84,6 +100,8 @@ def _add_command(commands, name, function, text):
 
 
 def open_index(args, **options):
+    from ieft.search.index import ImageIndex  # here, so that a missing lancedb is an error like others
+
     try:
         model = IeftForImageTextRetrieval.from_pretrained(args.model)
         processor = IeftProcessor.from_pretrained(args.model)
@@ -97,14 +115,17 @@ def open_index(args, **options):
 def index_archive(args):
     if args.archive is None and args.captions is None:
         raise ValueError("An archive of images, --captions or both expected.")
+    if args.overlap is not None and not args.tile:
+        raise ValueError("--overlap says how tiles overlap: give --tile too.")
     files = find_images(args.archive) if args.archive is not None else []
-    captions = Path(args.captions).read_text(encoding="utf-8").splitlines() if args.captions else []
-    index = open_index(args, create=True, states=args.states)
+    captions = read_lines(args.captions) if args.captions else []
+    root = args.archive if args.archive is not None and Path(args.archive).is_dir() else None
+    index = open_index(args, create=True, states=args.states, root=root)
     report = index.add(files, tile=args.tile, overlap=args.overlap)
     of_captions = index.add_captions(captions)
     index.optimize()
     if files:
-        kind = "images" if args.tile is None else "tiles"
+        kind = "tiles" if args.tile else "images"
         print(f"{report['added']:,} added, {report['unchanged']:,} unchanged, {len(index):,} {kind} in {args.index}")
     if args.captions:
         count = index.captions.count_rows()
@@ -114,10 +135,44 @@ def index_archive(args):
     return 1 if report["unreadable"] else 0
 
 
+def read_lines(file):
+    """Lines of a text file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
+
+    Raises:
+        ValueError: for other text, with the file's name.
+    """
+    content = Path(file).read_bytes()
+    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+             codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
+    encoding = next((name for mark, name in marks.items() if content.startswith(mark)), "utf-8-sig")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: text in UTF-8 expected, or with a byte order mark: {error}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def check_outputs(args):
+    """Refuse to replace what is there.
+
+    Raises:
+        FileExistsError: for a file, or a folder that is not empty.
+    """
+    for output in filter(None, (args.sheet, args.geojson, args.explain)):
+        path = Path(output)
+        taken = any(path.iterdir()) if path.is_dir() and output == args.explain else path.exists()
+        if taken and not args.overwrite:
+            raise FileExistsError(f"{output} exists already: pass --overwrite to replace it, or name another one.")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{output} cannot be written: there is no folder {path.parent}.")
+
+
 def query_index(args):
     if (args.caption is None) == (args.image is None):
         raise ValueError("Either a sentence or --image expected.")
+    check_outputs(args)
     index = open_index(args)
+    index.needs_files |= bool(args.sheet or args.explain)
     found = look_up_image(index, args) if args.image is not None else look_up_caption(index, args)
     hits = found["images"]
     if args.sheet:
@@ -136,8 +191,8 @@ def look_up_caption(index, args):
     """The images for a sentence, with --explain why, as {"images": hits}."""
     options = {"rerank_top_k": args.rerank_top_k, "similarity_weight": args.similarity_weight}
     hits = index.search(args.caption, top_k=args.top_k, where=args.where, **options)
-    for hit in hits if args.explain else ():
-        save_explanation(index, args.explain, read_hit(hit), args.caption, hit)
+    for hit, picture in read_hits(hits) if args.explain else ():
+        save_explanation(index, args.explain, picture, args.caption, hit)
     return {"images": hits}
 
 
@@ -164,7 +219,8 @@ def show_info(args):
     index = open_index(args)
     columns = [name for name in index.table.schema.names if name not in ("vector", "state")]
     print(f"{len(index):,} images or tiles\n{index.captions.count_rows():,} captions")
-    print(f"checkpoint {index.checkpoint[:12]}\nstates {index.states or 'none'}\ncolumns {', '.join(columns)}")
+    print(f"checkpoint {index.checkpoint[:12]}\nstates {index.states or 'none'}\nroot {index.root or 'none'}")
+    print(f"columns {', '.join(columns)}")
     return 0
 
 
@@ -180,6 +236,23 @@ def export_index(args):
 
 def delete_images(args):
     print(f"{open_index(args).delete(args.files):,} deleted")
+    return 0
+
+
+def prune_index(args):
+    index = open_index(args)
+    gone = index.prune(force=args.force)
+    for file in gone:
+        print(f"taken out: {file}")
+    index.optimize()
+    print(f"{len(gone):,} files taken out, {len(index):,} images or tiles left")
+    return 0
+
+
+def relocate_index(args):
+    index = open_index(args)
+    found, count = index.relocate(args.folder, former=args.former)
+    print(f"root {index.root}: {found:,} of {count:,} files found")
     return 0
 
 
@@ -217,36 +290,17 @@ def _name_words(hit):
 
 
 def draw_sheet(hits):
-    """Hits as thumbnails in rows of five, rank and score below each: PIL RGB."""
-    rows = max(1, -(-len(hits) // SHEET_COLUMNS))
+    """Hits as thumbnails in rows of five, rank and score below each: PIL RGB; without those that cannot be read."""
+    pairs = read_hits(hits)
+    rows = max(1, -(-len(pairs) // SHEET_COLUMNS))
     step = THUMB + GAP
     sheet = Image.new("RGB", (SHEET_COLUMNS * step + GAP, rows * (step + LABEL) + GAP), "white")
     pen = ImageDraw.Draw(sheet)
-    for place, hit in enumerate(hits):
+    for place, (hit, picture) in enumerate(pairs):
         left, top = GAP + place % SHEET_COLUMNS * step, GAP + place // SHEET_COLUMNS * (step + LABEL)
-        sheet.paste(ImageOps.fit(read_hit(hit), (THUMB, THUMB)), (left, top))
+        sheet.paste(ImageOps.fit(picture, (THUMB, THUMB)), (left, top))
         pen.text((left, top + THUMB + 4), f"{hit['rank']}.  {hit['score']:.2f}  {hit['stage']}", "black")
     return sheet
-
-
-def to_geojson(hits):
-    """Hits as a FeatureCollection in longitude and latitude (RFC 7946); without bounds the geometry is null."""
-    features = []
-    for hit in hits:
-        properties = {name: value for name, value in hit.items() if name not in ("west", "south", "east", "north")}
-        features.append({"type": "Feature", "geometry": _outline(hit), "properties": properties})
-    return {"type": "FeatureCollection", "features": features}
-
-
-def _outline(hit):
-    if hit["crs"] is None:
-        return None
-    from rasterio.warp import transform_bounds  # the extra `geo`
-
-    bounds = [hit[side] for side in ("west", "south", "east", "north")]
-    west, south, east, north = transform_bounds(hit["crs"], "EPSG:4326", *bounds)
-    ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
-    return {"type": "Polygon", "coordinates": [ring]}
 
 
 if __name__ == "__main__":

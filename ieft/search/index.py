@@ -1,46 +1,93 @@
 """Index of an image archive: a shortlist from a vector store (LanceDB), re-ranked by the network.
 
-The tables' address is passed to LanceDB unchanged: a folder, or object storage such as `s3://bucket/prefix`. An image
-is one row, a large scene one row for each of its tiles. A batch is one transaction, and rows whose content has not
-changed are not embedded again: an interrupted addition resumes when it is run again. Two-stage retrieval: Miech et
-al., "Thinking Fast and Slow: Efficient Text-to-Visual Retrieval with Transformers", CVPR 2021.
+The index is three LanceDB tables in a folder or in object storage such as `s3://bucket/prefix`. An image is a row, a
+large scene one row for each of its tiles. A batch is one transaction, and what is there with the same content is not
+embedded again: an addition that was killed is run again and goes on. Several processes may add at once: the key of a
+row is the table's primary key, so that a transaction that would insert a row that another has just inserted is
+repeated. Two-stage retrieval: Miech et al., "Thinking Fast and Slow: Efficient Text-to-Visual Retrieval with
+Transformers", CVPR 2021.
 """
 
+import hashlib
+import json
+import logging
+import os
+import random
+import re
 import time
+from collections import Counter
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
-import lancedb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-from lancedb.index import IvfSq
+
+try:
+    import lancedb
+    from lancedb.index import IvfSq
+except ImportError as error:
+    raise ImportError("The index needs lancedb: pip install 'ieft[search]'.") from error
 
 from ieft.evaluation.ranking import fingerprint, score_pairs
-from ieft.search.archive_files import HitImages, digest_file, plan_tiles, read_tiles, read_whole
+from ieft.search.archive_files import (
+    HitImages,
+    UnreadableHit,
+    digest_file,
+    is_gone,
+    place_again,
+    plan_tiles,
+    read_hit,
+    read_tiles,
+    read_whole,
+)
 from ieft.search.feature_cache import decode_state, encode_state
 from ieft.search.filters import check_where, fetch, is_not_text
 from ieft.search.tiles import cut_windows
 from processing_ieft import check_text
 
-IMAGES, CAPTIONS = "images", "captions"  # the tables
+logger = logging.getLogger(__name__)
+
+IMAGES, CAPTIONS, SETTINGS = "images", "captions", "settings"  # the tables
 # In the tables' schema: the fingerprint of the checkpoint that made them; the kind of states kept, empty for none.
 CHECKPOINT, STATES = b"ieft_checkpoint", b"ieft_states"
+# In the table of settings, which can change: the folder that paths are relative to; the fingerprint, where an earlier
+# version wrote another one into the schema.
+ROOT, MADE_BY = "root", "checkpoint"
 ROWS_AT_ONCE = 64
 FEWEST_FOR_VECTOR_INDEX = 50_000  # below, every vector is compared, in milliseconds and exactly
 PARTITION_ROWS = 1024
 PROBES, REFINE = 40, 2  # partitions looked into; candidates re-scored by their full vectors, per hit
+MOST_SKIPPED = 10_000  # rows that a shortlist looks at to find files that are there
+KEPT_VERSIONS = timedelta(hours=1)  # of the tables: a query that began before is answered from one
+MOST_ATTEMPTS = 20  # at a transaction that others come before
+OVERLAP = 0.25
+# `file` is relative to the archive's root where it lies below it; `time` is the file's, `acquired` the image's.
 # `width` and `height` are the file's; `col`, `row`, `tile_width`, `tile_height` the window of it that the row stands
 # for; `tiling` says how it was cut, empty where the row is the whole image; `limits` are those of
-# `ieft.search.tiles.Scene`.
+# `ieft.search.tiles.Scene`. `west` to `north` are degrees (WGS84), west > east across the antimeridian; `left` to
+# `top` the raster's own coordinates in `crs`; `geometry` the outline as GeoJSON.
 METADATA = {
     "file": pa.string(), "content": pa.string(), "bytes": pa.int64(), "time": pa.timestamp("ms", "UTC"),
     "width": pa.int32(), "height": pa.int32(), "col": pa.int32(), "row": pa.int32(), "tile_width": pa.int32(),
     "tile_height": pa.int32(), "tiling": pa.string(), "limits": pa.list_(pa.float64()), "west": pa.float64(),
     "south": pa.float64(), "east": pa.float64(), "north": pa.float64(), "crs": pa.string(),
+    "acquired": pa.timestamp("ms", "UTC"), "left": pa.float64(), "bottom": pa.float64(), "right": pa.float64(),
+    "top": pa.float64(), "geometry": pa.string(),
 }  # fmt: skip
 KEY = ["file", "col", "row"]
+# Fields of the configuration that an embedding depends on beside the weights.
+COMPUTED_BY = (
+    "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "text_layer_norm_eps", "image_size",
+    "patch_size", "max_image_length", "enhancement_layers", "enhancement_num_heads", "first_joint_layer",
+    "contrastive_dim",
+)  # fmt: skip
+PREPROCESSED_BY = ("image_size", "fit", "image_mean", "image_std", "resample")
+FINGERPRINT = "2-"  # begins those of this version
+PROBE = "Two Red HOUSES, é ß 中 3x4-storey ..."  # tells tokenizers of one vocabulary apart, by case and accents
 
 
 class Hits(list):
@@ -56,10 +103,17 @@ class Hits(list):
 
 
 class ImageIndex:
-    """The images of an archive, and captions if there are any, that captions and images are looked up in."""
+    """The images of an archive, and captions if there are any, that captions and images are looked up in.
 
-    def __init__(self, uri, model, *, processor, create=False, states=None, storage_options=None):
+    Attributes:
+        needs_files: whether hits whose file is gone are skipped. True unless the index keeps states, with which no
+            file is read; set it to True to show the hits.
+    """
+
+    def __init__(self, uri, model, *, processor, create=False, states=None, storage_options=None, root=None):
         """Open the index at `uri`, or with `create` begin one where there is none.
+
+        Indexes of earlier versions are brought to this version's form; no embedding is computed again.
 
         Args:
             model: an `IeftForImageTextRetrieval` with contrastive heads.
@@ -67,11 +121,14 @@ class ImageIndex:
                 "int8" (see `ieft.search.feature_cache`): it then reads no file. For models with `first_joint_layer`
                 above 0.
             storage_options: credentials and settings of object storage, as LanceDB takes them.
+            root: the archive's folder. The index keeps the first one given, and paths below it relative to it: see
+                `relocate`. An archive that was moved is recognised by its files.
 
         Raises:
             ValueError: for a model without contrastive heads, or another one than made the index; for states of a
-                model that joins at 0, or other than those of the index.
-            FileNotFoundError: where there is no index.
+                model that joins at 0, or other than those of the index; for what is no index, or is damaged.
+            FileNotFoundError: where there is no index, or the archive's former root is gone and `root` is not the
+                same archive.
         """
         if not model.config.contrastive_dim:
             raise ValueError(
@@ -79,33 +136,218 @@ class ImageIndex:
                 "with run_retrieval.py --contrastive_weight 1."
             )
         self.model, self.processor = model.eval(), processor
-        self.checkpoint = fingerprint_checkpoint(model, processor)
+        self.checkpoint, self._root = fingerprint_checkpoint(model, processor), None
         if states and not model.config.first_joint_layer:
             raise ValueError(
                 "A checkpoint with first_joint_layer above 0 expected, to keep states of its images; this one reads "
                 "them with the caption from block 0 on. Train one with run_retrieval.py --first_joint_layer."
             )
-        database = lancedb.connect(str(uri), storage_options=storage_options)
-        missing = {IMAGES, CAPTIONS} - set(database.list_tables().tables)
+        with _store_errors(uri):
+            self._open(str(uri), create, states, storage_options)
+            self._check_checkpoint(uri)
+            self._mend_earlier_version()
+            if states not in (None, self.states):
+                raise ValueError(
+                    f"The index at {uri} keeps {self.states or 'no'} states, and {states} are asked for: leave that "
+                    "away, or make another index."
+                )
+            self.needs_files = not self.states
+            if root is not None:
+                self._use_root(os.path.realpath(root))
+
+    def _open(self, uri, create, states, storage_options):
+        folder = None if "://" in uri else Path(uri)
+        if folder is not None and not (create or folder.is_dir()):
+            raise FileNotFoundError(f"No index at {uri}: make one with ieft-search index ARCHIVE --index {uri}.")
+        used = folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise ValueError(f"A folder expected for the index; {uri} is a file.")
+        # Each reading looks for the latest version: of what other processes add, nothing is missed.
+        database = lancedb.connect(uri, storage_options=storage_options, read_consistency_interval=timedelta(0))
+        there = set(database.list_tables().tables)
+        missing = {IMAGES, CAPTIONS} - there
         if missing and not create:
             raise FileNotFoundError(f"No index at {uri}: make one with ieft-search index ARCHIVE --index {uri}.")
+        if missing and used and not there & {IMAGES, CAPTIONS, SETTINGS}:
+            raise ValueError(f"An index or an empty folder expected; {uri} holds other files: name another folder.")
+        text = pa.field("name", pa.string(), nullable=False), pa.field("value", pa.string())
         columns = METADATA | ({"state": pa.binary()} if states else {})
-        schemas = {IMAGES: self._schema(columns, states), CAPTIONS: self._schema({"caption": pa.string()})}
-        for name in missing:
-            database.create_table(name, schema=schemas[name], exist_ok=True)
-        self.table, self.captions = database.open_table(IMAGES), database.open_table(CAPTIONS)
+        made = {
+            IMAGES: (self._schema(columns, states), KEY),
+            CAPTIONS: (self._schema({"caption": pa.string()}), ["caption"]),
+            SETTINGS: (pa.schema(text), ["name"]),
+        }
+        tables = {}
+        for name, (schema, key) in made.items():
+            if name not in there:
+                _retry(database.create_table, name, schema=_with_key(schema, key), exist_ok=True)
+            tables[name] = database.open_table(name)
+        self.table, self.captions, self.settings = (tables[name] for name in made)
         known = self.table.schema.metadata or {}
-        made_by, self.states = (known.get(name, b"").decode() for name in (CHECKPOINT, STATES))
-        if made_by != self.checkpoint:
-            raise ValueError(
-                f"The index at {uri} was made by the checkpoint {made_by[:12]}; this one is {self.checkpoint[:12]}. "
-                "Their embeddings cannot be compared: take that checkpoint, or make another index."
+        if CHECKPOINT not in known:
+            raise ValueError(f"The tables at {uri} were not made by ieft-search: name another folder.")
+        self.made_by, self.states = (known.get(name, b"").decode() for name in (CHECKPOINT, STATES))
+
+    def _check_checkpoint(self, uri):
+        """Refuse an index of another checkpoint; an earlier version's fingerprint is replaced by this one's."""
+        made_by = self._setting(MADE_BY) or self.made_by
+        if made_by == self.checkpoint:
+            return
+        if not made_by.startswith(FINGERPRINT) and self._is_of_earlier_version(made_by):
+            self._set(MADE_BY, self.checkpoint)
+            return
+        hint = " (float16 rounds weights: load it in float32 or bfloat16)" if self.model.dtype == torch.float16 else ""
+        raise ValueError(
+            f"The index at {uri} was made by the checkpoint {made_by[:12]}; this one is {self.checkpoint[:12]}{hint}. "
+            "Their embeddings cannot be compared: take that checkpoint, or make another index."
+        )
+
+    def _is_of_earlier_version(self, made_by):
+        """Whether an index with a fingerprint of an earlier version is this checkpoint's.
+
+        Those depended on versions of libraries too: where it differs, embeddings are computed again and compared.
+        """
+        images, processor = self.processor.image_processor, self.processor
+        settings = [images.image_size, images.fit, processor.max_caption_tokens, processor.tokenizer.get_vocab()]
+        if fingerprint(self.model, settings).hexdigest() == made_by:
+            return True
+        some = self.captions.search().select(["caption", "vector"]).limit(8).to_list()
+        computed = self.embed_captions([row["caption"] for row in some]) if some else None
+        if not some:
+            columns = [*KEY, "tile_width", "tile_height", "tiling", "limits", "content", "vector"]
+            rows = self.table.search().select(columns).limit(64).to_list()
+            some = [row for row in rows if not is_gone(row["file"]) and digest_file(row["file"]) == row["content"]][:8]
+            computed = self.embed_images([read_hit(row) for row in some]) if some else None
+        return bool(some) and np.allclose(computed, [row["vector"] for row in some], atol=1e-4)
+
+    def _mend_earlier_version(self):
+        """Bring the tables of an earlier version to this one's form: columns, places, primary keys without doubles."""
+        names = set(self.table.schema.names)
+        new = [pa.field(name, kind) for name, kind in METADATA.items() if name not in names]
+        if new:
+            _retry(self._add_columns, new)
+        for table, key in ((self.table, KEY), (self.captions, ["caption"])):
+            if PRIMARY_KEY not in (table.schema.field(key[0]).metadata or {}):
+                _retry(_set_key, table, key)
+                remove_doubles(table, key)
+        # Earlier versions kept the raster's own coordinates as `west` to `north`.
+        left_over = "crs IS NOT NULL AND west IS NOT NULL AND left IS NULL"
+        columns = [*KEY, "tile_width", "tile_height", "west", "south", "east", "north", "crs"]
+        while rows := self.table.search().where(left_over).select(columns).limit(1000).to_list() if new else []:
+            placed = [place_again(row | {"file": self._path(row["file"])}) | {"file": row["file"]} for row in rows]
+            fields = [self.table.schema.field(name) for name in placed[0]]
+            merge = self.table.merge_insert(KEY).when_matched_update_all()
+            _retry(merge.execute, pa.Table.from_pylist(placed, schema=pa.schema(fields)))
+
+    def _add_columns(self, fields):
+        there = set(self.table.schema.names)
+        if missing := [field for field in fields if field.name not in there]:  # another process may have been first
+            self.table.add_columns(missing)
+
+    # Where the archive is -------------------------------------------------------------------------------------------
+
+    @property
+    def root(self):
+        """The archive's folder, which paths in the index are relative to; empty where none was given."""
+        if self._root is None:
+            self._root = self._setting(ROOT) or ""
+        return self._root
+
+    def _setting(self, name):
+        rows = self.settings.search().where(f"name = '{name}'").to_list()
+        return rows[0]["value"] if rows else None
+
+    def _set(self, name, value, *, replace=True):
+        merge = self.settings.merge_insert("name").when_not_matched_insert_all()
+        merge = merge.when_matched_update_all() if replace else merge
+        _retry(merge.execute, pa.Table.from_pylist([{"name": name, "value": value}], schema=self.settings.schema))
+
+    def _use_root(self, folder):
+        """Take a folder as the root where there is none; recognise an archive that was moved."""
+        if not self.root:
+            self._set(ROOT, folder, replace=False)
+            self._root = None  # another process may have been first
+            self._make_relative()
+            return
+        if folder == self.root or folder.startswith(os.path.join(self.root, "")):
+            return
+        some = self.table.search().select(["file", "bytes"]).limit(1000).to_list()
+        some = [row for row in some if not os.path.isabs(row["file"])]
+        if not some or not all(is_gone(self._path(row["file"])) for row in some):
+            return
+        moved = [row for row in some if _size(os.path.join(folder, row["file"])) == row["bytes"]]
+        if len(moved) > len(some) / 2:
+            logger.warning("The archive was moved from %s to %s: the index follows.", self.root, folder)
+            self.relocate(folder)
+        elif not os.path.isdir(self.root):
+            raise FileNotFoundError(
+                f"The archive of this index, {self.root}, is not there, and {folder} does not hold its files. Mount "
+                f"it; or if it was moved and changed, run ieft-search relocate FOLDER."
             )
-        if states not in (None, self.states):
-            raise ValueError(
-                f"The index at {uri} keeps {self.states or 'no'} states, and {states} are asked for: leave that away, "
-                "or make another index."
-            )
+
+    def relocate(self, folder, *, former=None):
+        """Say where the archive lies now; nothing is embedded again.
+
+        Args:
+            folder: the new root.
+            former: where it was; None takes the index's root. For files that were indexed outside of the root, or by
+                an earlier version, which knew none.
+
+        Returns:
+            tuple: how many of the index's files below the root are in the new place, and how many there are.
+
+        Raises:
+            ValueError: where none is.
+        """
+        folder = os.path.realpath(folder)
+        if former is not None and os.path.realpath(former) != self.root:
+            former = os.path.join(os.path.realpath(former), "")
+            known = {row["file"] for row in self._select_raw(None, ["file"]) if row["file"].startswith(former)}
+            names = {name: name.removeprefix(former) for name in known}
+        elif self.root:
+            former = None
+            known = {row["file"] for row in self._select_raw(None, ["file"]) if not os.path.isabs(row["file"])}
+            names = {name: name for name in known}
+        else:
+            raise ValueError("This index knows no root of its archive: name the former one too, with --former FOLDER.")
+        found = sum(not is_gone(os.path.join(folder, name)) for name in names.values())
+        if not found:
+            raise ValueError(f"None of the index's {len(names):,} files of the former place is below {folder}.")
+        if former is None:
+            self._set(ROOT, folder)
+        elif self.root and folder != self.root:
+            self._rename(former, os.path.join(folder, ""))
+        else:
+            self._set(ROOT, folder)
+            self._rename(former, "")
+        self._root = None
+        return found, len(names)
+
+    def _make_relative(self):
+        if self.root:
+            self._rename(os.path.join(self.root, ""), "")
+
+    def _rename(self, former, new):
+        """Change how the paths of files begin: one transaction, without their vectors."""
+        condition = f"starts_with(file, {_quoted(former)})"
+        if self.table.count_rows(condition):
+            pattern = "^" + re.escape(former)
+            changed = {"file": f"regexp_replace(file, {_quoted(pattern)}, {_quoted(new.replace('$', '$$'))})"}
+            _retry(self.table.update, where=condition, values_sql=changed)
+            remove_doubles(self.table, KEY)
+
+    def _path(self, name):
+        """Where a file of the index is."""
+        return os.path.join(self.root, name)
+
+    def _name(self, file):
+        """A file as the index names it: relative to the root if it lies below, by the names of links."""
+        file = os.path.abspath(file)
+        real = os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file))
+        for path in (file, real) if self.root else ():
+            if path.startswith(os.path.join(self.root, "")):
+                return os.path.relpath(path, self.root)
+        return real
 
     def _schema(self, columns, states=None):
         vector = pa.field("vector", pa.list_(pa.float32(), self.model.config.contrastive_dim))
@@ -116,62 +358,70 @@ class ImageIndex:
     def __len__(self):
         return self.table.count_rows()
 
-    def add(self, files, *, tile=None, overlap=0.25, batch_size=ROWS_AT_ONCE):
+    def add(self, files, *, tile=None, overlap=None, batch_size=ROWS_AT_ONCE):
         """Embed images and keep them, a batch at a time; what changed takes its old rows' place.
 
         Args:
-            tile: side of the tiles that larger images are cut into, in pixels; None keeps each image whole.
-            overlap: the part of a tile that its neighbour shows too.
+            tile: side of the tiles that larger images are cut into, in pixels; 0 keeps each image whole. None cuts an
+                image as the index has it, and keeps new ones whole.
+            overlap: the part of a tile that its neighbour shows too; 0.25 where only `tile` is given.
 
         Returns:
             dict: `added` and `unchanged`, how many rows, images or tiles; `unreadable`, a dict of file -> why. Of a
-            scene that breaks off, the tiles before are kept.
+            scene that breaks off, the tiles before are kept, and so are rows of a file that was readable before.
         """
-        if tile is not None:
+        if overlap is not None and not tile:
+            raise ValueError("overlap says how tiles overlap: give tile too.")
+        overlap = OVERLAP if overlap is None else overlap
+        if tile:
             cut_windows(1, 1, tile=tile, overlap=overlap)  # says what is wrong before any work
-        files = list(dict.fromkeys(str(Path(file).resolve()) for file in files))
-        not_text = [file for file in files if is_not_text(file)]
-        files = [file for file in files if file not in not_text]
-        refused = dict.fromkeys(not_text, "its name is not UTF-8: rename it")
-        report = {"added": 0, "unchanged": 0, "unreadable": refused}
-        files_at_once = batch_size if tile is None else 1
-        for first in range(0, len(files), files_at_once):
+        files = {self._name(file): None for file in files}
+        report = {"added": 0, "unchanged": 0, "unreadable": {}}
+        for name in [name for name in files if is_not_text(name)]:
+            report["unreadable"][self._path(name)] = "its name is not UTF-8: rename it"
+            del files[name]
+        names = list(files)
+        files_at_once = 1 if tile else batch_size
+        for first in range(0, len(names), files_at_once):
             stale = []
-            rows = self._read_missing(files[first : first + files_at_once], tile, overlap, report, stale)
+            rows = self._read_missing(names[first : first + files_at_once], tile, overlap, report, stale)
             while batch := list(islice(rows, batch_size)):
                 self._write(batch)
                 report["added"] += len(batch)
             if stale:  # after what takes its place, so that a kill loses nothing
-                self.table.delete(" OR ".join(stale))
+                _retry(self.table.delete, " OR ".join(stale))
         return report
 
-    def _read_missing(self, files, tile, overlap, report, stale):
+    def _read_missing(self, names, tile, overlap, report, stale):
         """Rows without vectors, with their pictures as the network sees them; `stale` gets what is to go, as SQL."""
-        known = {file: set() for file in files}
-        for row in self._select(_any_of(files), ["content", "tiling", *KEY]):
+        known = {name: set() for name in names}
+        for row in self._select_raw(_any_of(names), ["content", "tiling", *KEY]):
             known[row["file"]].add((row["content"], row["tiling"], (row["col"], row["row"])))
-        for file in files:
+        for name in names:
+            file = self._path(name)
             try:
-                content, windows = digest_file(file), plan_tiles(file, tile, overlap)
-                tiling = f"{tile} pixels, overlap {overlap}" if windows else ""
-                there = {place for *made_of, place in known[file] if made_of == [content, tiling]}
+                cut = (tile, overlap) if tile is not None else _cut_before(known[name])
+                content, windows = digest_file(file), plan_tiles(file, *cut)
+                tiling = "{} pixels, overlap {}".format(*cut) if windows else ""
+                there = {place for *made_of, place in known[name] if made_of == [content, tiling]}
                 report["unchanged"] += len(there)
                 missing = [window for window in windows if window[:2] not in there]
                 pictures = read_tiles(file, missing) if windows else [] if there else [read_whole(file)]
                 for row, picture in pictures:
                     square = self.processor.image_processor.fit_square(picture)
-                    yield row | {"content": content, "tiling": tiling}, square
-                if len(known[file]) > len(there):
-                    stale.append(f"({_any_of([file])} AND (content != '{content}' OR tiling != '{tiling}'))")
+                    yield row | {"file": name, "content": content, "tiling": tiling}, square
+                if len(known[name]) > len(there):
+                    stale.append(f"({_any_of([name])} AND (content != '{content}' OR tiling != '{tiling}'))")
             except (OSError, ValueError) as error:
-                report["unreadable"][file] = str(error)
+                before = " (what was indexed of it before is kept)" if known[name] else ""
+                report["unreadable"][file] = f"{error}{before}"
 
     def _write(self, batch):
         squares = [square for _, square in batch]
         made = self._read_states(squares) if self.states else [{"vector": each} for each in self.embed_images(squares)]
         rows = [row | columns for (row, _), columns in zip(batch, made, strict=True)]
         merge = self.table.merge_insert(KEY).when_matched_update_all().when_not_matched_insert_all()
-        merge.execute(pa.Table.from_pylist(rows, schema=self.table.schema))  # one transaction
+        _retry(merge.execute, pa.Table.from_pylist(rows, schema=self.table.schema))  # one transaction
 
     @torch.no_grad()
     def _read_states(self, images):
@@ -199,41 +449,82 @@ class ImageIndex:
             if new:
                 rows = [{"caption": c, "vector": v} for c, v in zip(new, self.embed_captions(new), strict=True)]
                 merge = self.captions.merge_insert("caption").when_not_matched_insert_all()
-                merge.execute(pa.Table.from_pylist(rows, schema=self.captions.schema))
+                _retry(merge.execute, pa.Table.from_pylist(rows, schema=self.captions.schema))
                 added += len(new)
         return {"added": added, "unchanged": len(captions) - added}
 
     def optimize(self):
-        """Gather what small additions left scattered; from 50,000 rows on, keep a vector index up to date."""
-        for table in (self.table, self.captions):
+        """Gather what small additions left scattered and drop versions of the tables older than an hour.
+
+        From 50,000 rows on, a vector index is kept up to date. Rows that an earlier version doubled are taken out.
+        """
+        for table, key in ((self.table, KEY), (self.captions, ["caption"])):
+            remove_doubles(table, key)
             kinds = [found.index_type for found in table.list_indices()]  # an earlier version's was IvfPq
             if table.count_rows() >= FEWEST_FOR_VECTOR_INDEX and "IvfSq" not in kinds:
                 # One byte for each number of a vector: as near as exact, and made faster than product quantisation.
                 # The size is kept when rows are added; of a number of partitions, most would be joined then.
                 config = IvfSq(distance_type="dot", target_partition_size=PARTITION_ROWS)
-                table.create_index("vector", config=config)
-            table.optimize()
+                _retry(table.create_index, "vector", config=config)
+            _retry(table.optimize, cleanup_older_than=KEPT_VERSIONS)
 
     def delete(self, files):
         """Take files out of the index, with all their tiles; the files themselves stay. Gives how many rows went."""
-        files = [file for file in (str(Path(file).resolve()) for file in files) if not is_not_text(file)]
-        return self.table.delete(_any_of(files)).num_deleted_rows if files else 0
+        names = [name for name in map(self._name, files) if not is_not_text(name)]
+        return _retry(self.table.delete, _any_of(names)).num_deleted_rows if names else 0
+
+    def prune(self, *, force=False):
+        """Take out of the index the files that are gone.
+
+        Args:
+            force: also where all files of the archive, or all of another folder, are gone.
+
+        Returns:
+            list: their paths.
+
+        Raises:
+            FileNotFoundError: where all files of a folder are gone, as they are where a disk is not mounted; nothing
+                was taken out.
+        """
+        names = {row["file"] for row in self._select_raw(None, ["file"])}
+        gone = sorted(name for name in names if is_gone(self._path(name)))
+        count, of_gone = (Counter(self._place_of(name) for name in some) for some in (names, gone))
+        lost = [place for place in of_gone if of_gone[place] == count[place]]
+        if lost and not force:
+            raise FileNotFoundError(
+                f"All {count[lost[0]]:,} files of {lost[0]} in the index are gone. If a disk is not mounted, mount "
+                "it; if the archive was moved, run ieft-search relocate; to take them out all the same, pass --force."
+            )
+        for first in range(0, len(gone), 1000):
+            _retry(self.table.delete, _any_of(gone[first : first + 1000]))
+        return [self._path(name) for name in gone]
+
+    def _place_of(self, name):
+        """The folder that a file is mounted with, as far as can be told: the root, or the first two of a path."""
+        return os.path.join(*Path(name).parts[:-1][:3]) if os.path.isabs(name) else self.root
 
     def delete_captions(self, captions):
         """Take sentences out of the index. Gives how many were there."""
         captions = [caption.strip() for caption in captions]
-        return self.captions.delete(_any_of(captions, "caption")).num_deleted_rows if captions else 0
+        if not captions:
+            return 0
+        return _retry(self.captions.delete, _any_of(captions, "caption")).num_deleted_rows
 
     def rows(self, where=None, *, columns=tuple(METADATA)):
         """What is known of the images that `where`, an SQL expression over the columns, holds for; all without one.
 
+        In `where`, `file` is relative to the root; in the rows it is the whole path.
+
         Raises:
             ValueError: for an expression that is none, or does more than compare.
         """
-        return self._select(check_where(where), columns)
+        return self._with_paths(self._select_raw(check_where(where), columns))
 
-    def _select(self, where, columns):
+    def _select_raw(self, where, columns):
         return fetch(self.table.search().select(list(columns)), where)
+
+    def _with_paths(self, rows):
+        return [row | {"file": self._path(row["file"])} if "file" in row else row for row in rows]
 
     @torch.no_grad()
     def embed_images(self, images):
@@ -267,7 +558,53 @@ class ImageIndex:
         Returns:
             list: the columns but the vector, and `similarity`, in [-1, 1].
         """
-        return _nearest(self.table, vector, top_k, list(METADATA), where)
+        return self._shortlist(vector, top_k, list(METADATA), where, {})
+
+    def _shortlist(self, vector, top_k, columns, where, unusable):
+        """The nearest hits whose files are there: the store is asked for more until there are enough.
+
+        Args:
+            unusable: files that cannot be read -> why; gets those that are gone.
+        """
+        asked = top_k
+        while True:
+            nearest = self._with_paths(_nearest(self.table, vector, asked, columns, where))
+            usable = [hit for hit in nearest if not self._is_unusable(hit["file"], unusable)]
+            if len(usable) < len(nearest) and self._root_has_changed():
+                unusable.clear()
+                continue
+            if len(usable) >= top_k or len(nearest) < asked or asked >= max(MOST_SKIPPED, top_k):
+                return usable[:top_k]
+            asked *= 2
+
+    def _root_has_changed(self):
+        """Whether another process has relocated the archive since."""
+        before, self._root = self.root, None
+        return self.root != before
+
+    def _is_unusable(self, file, unusable):
+        if file not in unusable and self.needs_files and is_gone(file):
+            unusable[file] = "it was moved or deleted"
+        return file in unusable
+
+    def _warn_of(self, unusable):
+        """One warning of the files that a search skipped.
+
+        Raises:
+            FileNotFoundError: where the archive itself is not there.
+        """
+        if not unusable:
+            return
+        if self.root and not os.path.isdir(self.root):
+            raise FileNotFoundError(
+                f"The archive of this index, {self.root}, is not there: mount it, or if it was moved, run ieft-search "
+                "relocate FOLDER."
+            )
+        file, why = next(iter(unusable.items()))
+        logger.warning(
+            "%d files of the index are skipped, such as %s: %s. ieft-search prune takes out those that are gone.",
+            len(unusable), file, why,
+        )  # fmt: skip
 
     def search(self, caption, *, top_k=10, rerank_top_k=32, where=None, similarity_weight=0.0):
         """Images for a sentence: a shortlist by embedding, its first `rerank_top_k` re-ranked by the network.
@@ -283,29 +620,35 @@ class ImageIndex:
 
         Raises:
             ValueError: for an empty caption, or `top_k` below 1.
-            FileNotFoundError: for a file of the shortlist that is no longer there.
+            FileNotFoundError: where the archive is not there at all. Single files that are gone or damaged are
+                skipped, with a warning.
         """
-        seconds = {}
+        seconds, unusable = {}, {}
         with _clock(seconds, "embed"):
             vector = self.embed_caption(caption)
-        with _clock(seconds, "shortlist"):
-            kept = ["state"] if rerank_top_k and self.states else []
-            nearest = _nearest(self.table, vector, max(top_k, rerank_top_k), [*METADATA, *kept], where)
-            states = [hit.pop("state") for hit in nearest if kept]
-        if rerank_top_k:
+        kept = ["state"] if rerank_top_k and self.states else []
+        scores = None
+        while scores is None:
+            with _clock(seconds, "shortlist"):
+                columns = [*METADATA, *kept]
+                nearest = self._shortlist(vector, max(top_k, rerank_top_k), columns, where, unusable)
+                states = [hit.pop("state") for hit in nearest if kept]
             with _clock(seconds, "re-rank"):
-                scores = self._score_images(caption, nearest[:rerank_top_k], states[:rerank_top_k])
-                nearest = _rerank(scores, nearest, similarity_weight * self.model.similarity_scale().item())
-        return self._merged(nearest, vector, top_k, where, seconds)
+                scores = self._score_images(caption, nearest[:rerank_top_k], states[:rerank_top_k], unusable)
+        if rerank_top_k:
+            nearest = _rerank(scores, nearest, similarity_weight * self.model.similarity_scale().item())
+        else:
+            del seconds["re-rank"]
+        return self._merged(nearest, vector, top_k, where, seconds, unusable)
 
     def search_image(self, image, *, top_k=10, where=None):
         """Images like a PIL image, by embedding alone: as `search`."""
-        seconds = {}
+        seconds, unusable = {}, {}
         with _clock(seconds, "embed"):
             vector = self.embed_images([image])[0]
         with _clock(seconds, "shortlist"):
-            nearest = self.shortlist(vector, top_k, where=where)
-        return self._merged(nearest, vector, top_k, where, seconds)
+            nearest = self._shortlist(vector, top_k, list(METADATA), where, unusable)
+        return self._merged(nearest, vector, top_k, where, seconds, unusable)
 
     def search_captions(self, image, *, top_k=10, rerank_top_k=32, similarity_weight=0.0):
         """Captions of the index for a PIL image, in the two stages of `search`.
@@ -324,10 +667,21 @@ class ImageIndex:
                 nearest = _rerank(scores, nearest, similarity_weight * self.model.similarity_scale().item())
         return Hits(_ranked(nearest)[:top_k], seconds)
 
-    def _score_images(self, caption, hits, states):
+    def _score_images(self, caption, hits, states, unusable):
+        """The network's scores of some hits; None where one cannot be read, and `unusable` gets all that cannot."""
+        if not hits:
+            return []
         tokens = self.processor(text=[caption])["input_ids"].tolist()
         images = [decode_state(state) for state in states] or HitImages(hits, self.processor)
-        return score_pairs(self.model, images, tokens, [(row, 0) for row in range(len(hits))], progress=False)
+        try:
+            return score_pairs(self.model, images, tokens, [(row, 0) for row in range(len(hits))], progress=False)
+        except UnreadableHit:
+            for hit in hits:
+                try:
+                    read_hit(hit)
+                except (OSError, ValueError) as error:
+                    unusable[hit["file"]] = str(error)
+            return None
 
     def _score_captions(self, image, captions):
         tokens = self.processor.tokenizer(captions, truncation=True, max_length=self.processor.max_caption_tokens)
@@ -335,18 +689,19 @@ class ImageIndex:
         pairs = [(0, column) for column in range(len(captions))]
         return score_pairs(self.model, list(pixels), tokens["input_ids"], pairs, progress=False)
 
-    def _merged(self, nearest, vector, top_k, where, seconds):
+    def _merged(self, nearest, vector, top_k, where, seconds, unusable):
         """`top_k` hits of different places; where merging leaves fewer, the shortlist is asked for more."""
         best, found, asked = nearest, merge_overlaps(nearest), len(nearest)
         while len(found) < top_k <= asked:
             with _clock(seconds, "shortlist"):
-                more = self.shortlist(vector, 2 * asked, where=where)
+                more = self._shortlist(vector, 2 * asked, list(METADATA), where, unusable)
             seen = {_place(hit) for hit in best}
             best = [*best, *(hit for hit in more if _place(hit) not in seen)]
             found = merge_overlaps(best)
             if len(more) < 2 * asked:
                 break
             asked *= 2
+        self._warn_of(unusable)
         return Hits(_ranked(found)[:top_k], seconds)
 
 
@@ -370,15 +725,106 @@ def merge_overlaps(hits):
 
 
 def fingerprint_checkpoint(model, processor):
-    """A digest of weights, configuration and preprocessing: embeddings of equal ones can be compared."""
-    images = processor.image_processor
-    settings = [images.image_size, images.fit, processor.max_caption_tokens, processor.tokenizer.get_vocab()]
-    return fingerprint(model, settings).hexdigest()
+    """A digest of what an embedding depends on: weights, the fields that say how to compute, preprocessing, tokens.
+
+    Weights are compared as bfloat16: the same checkpoint loaded in float32 and in bfloat16 has one fingerprint.
+    """
+    images, tokenizer = processor.image_processor, processor.tokenizer
+    settings = [
+        {name: getattr(model.config, name, None) for name in COMPUTED_BY},
+        {name: getattr(images, name, None) for name in PREPROCESSED_BY},
+        [processor.max_caption_tokens, tokenizer.get_vocab(), tokenizer(PROBE)["input_ids"]],
+    ]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.detach().cpu()
+        tensor = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy())
+    return FINGERPRINT + digest.hexdigest()
+
+
+def remove_doubles(table, key):
+    """Of rows with one key, keep the one that was added last."""
+    rows = table.search().select(key).with_row_id(True).limit(None).to_arrow()
+    last = rows.group_by(key).aggregate([("_rowid", "max"), ("_rowid", "count")])
+    if last.num_rows == rows.num_rows:
+        return
+    kept = last.column("_rowid_max")
+    doubles = pc.filter(rows.column("_rowid"), pc.invert(pc.is_in(rows.column("_rowid"), kept))).to_pylist()
+    for first in range(0, len(doubles), 1000):
+        # The number of a row is never given to another: what another process took out already is not found.
+        condition = f"_rowid IN ({', '.join(map(str, doubles[first : first + 1000]))})"
+        _retry(table.delete, condition)
+
+
+# By this in their metadata, LanceDB knows the columns of a primary key: of two transactions that insert the same key,
+# the later one is repeated, and finds the row of the other.
+PRIMARY_KEY, POSITION = b"lance-schema:unenforced-primary-key", b"lance-schema:unenforced-primary-key:position"
+
+
+def _with_key(schema, key):
+    for place, name in enumerate(key, start=1):
+        metadata = {PRIMARY_KEY: b"true", POSITION: str(place).encode()}
+        field = pa.field(name, schema.field(name).type, nullable=False, metadata=metadata)
+        schema = schema.set(schema.get_field_index(name), field)
+    return schema
+
+
+def _set_key(table, key):
+    """Give a table of an earlier version its primary key."""
+    table.alter_columns(*({"path": name, "nullable": False} for name in key))
+    metadata = [{PRIMARY_KEY.decode(): "true", POSITION.decode(): str(place)} for place in range(1, len(key) + 1)]
+    table.update_field_metadata(
+        *({"path": name, "metadata": of_name} for name, of_name in zip(key, metadata, strict=True))
+    )
+
+
+def _retry(transaction, *args, **options):
+    """Do what changes a table; again where another process's change came first."""
+    for attempt in range(MOST_ATTEMPTS):
+        try:
+            return transaction(*args, **options)
+        except (OSError, RuntimeError, ValueError) as error:
+            others = re.search("conflict|concurrent|already exists", str(error), re.IGNORECASE)
+            if not others or attempt == MOST_ATTEMPTS - 1:
+                raise
+            time.sleep(random.random() * min(0.05 * 2**attempt, 2))  # not all at once again
+
+
+@contextmanager
+def _store_errors(uri):
+    try:
+        yield
+    except (FileNotFoundError, RuntimeError) as error:
+        if isinstance(error, FileNotFoundError) and "lance error" not in str(error):
+            raise
+        reason = re.split(r", \S+\.rs:\d+", str(error))[0][:500]  # where in LanceDB's own code
+        raise ValueError(
+            f"{uri} cannot be opened as an index; it is damaged or cannot be written: {reason}"
+        ) from error
+
+
+def _cut_before(known):
+    """Tile and overlap that the rows of a file were cut with; (None, 0) where it is whole or new."""
+    found = [re.fullmatch(r"(\d+) pixels, overlap (\S+)", tiling) for _, tiling, _ in sorted(known)]
+    tile, overlap = next((match.groups() for match in found if match), (None, 0))
+    return (int(tile), float(overlap)) if tile else (None, 0)
+
+
+def _size(file):
+    try:
+        return os.stat(file).st_size
+    except (OSError, ValueError):
+        return None
+
+
+def _quoted(text):
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _any_of(values, column="file"):
-    quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in values)
-    return f"{column} IN ({quoted})"
+    return f"{column} IN ({', '.join(map(_quoted, values))})"
 
 
 def _nearest(table, vector, top_k, columns, where=None):
