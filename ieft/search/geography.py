@@ -186,9 +186,10 @@ def _cut(outline):
     pieces = []
     for turn in range(math.floor((west + 180) / 360), math.ceil((east + 180) / 360)):
         band = shapely.box(-180 + 360 * turn, -90, 180 + 360 * turn, 90)
-        piece = translate(outline.intersection(band), -360 * turn)
-        pieces += [each for each in getattr(piece, "geoms", [piece]) if each.geom_type == "Polygon"]
-    rings = [[_ring(ring) for ring in (each.exterior, *each.interiors)] for each in map(orient, pieces)]
+        pieces.append(translate(outline.intersection(band), -360 * turn))
+    whole = shapely.union_all(pieces, grid_size=1e-7)  # around the Earth, pieces meet
+    polygons = [orient(each) for each in getattr(whole, "geoms", [whole]) if each.geom_type == "Polygon"]
+    rings = [[_ring(ring) for ring in (each.exterior, *each.interiors)] for each in polygons]
     if len(rings) == 1:
         return {"type": "Polygon", "coordinates": rings[0]}
     return {"type": "MultiPolygon", "coordinates": rings}
