@@ -33,7 +33,7 @@ from starlette.responses import JSONResponse
 from transformers.utils import logging
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor, draw_scene
-from ieft.data.images import describe_picture, read_picture
+from ieft.data.images import describe_picture, parse_bands, read_picture
 from ieft.search.archive_files import find_images, read_hit, read_hits
 from ieft.search.explain import draw_heat_map, explain_pair
 from ieft.search.geography import to_geojson
@@ -401,7 +401,7 @@ def open_index(args):
         root=archive if archive and archive.is_dir() else None,
     )
     if files:
-        report = index.add(files)
+        report = index.add(files, bands=parse_bands(args.bands))
         index.optimize()
         print(f"{report['added']:,} images added, {len(index):,} in {args.index}", flush=True)
         for file, why in report["unreadable"].items():
@@ -421,6 +421,7 @@ def build_parser():
     parser.add_argument(
         "--draw_scenes", type=int, default=0, help="draw so many synthetic scenes into the archive first"
     )
+    parser.add_argument("--bands", help="bands of the archive's images that become red, green and blue, such as 4,3,2")
     parser.add_argument("--requests_per_minute", type=int, default=60, help="that one visitor may send")
     return parser
 

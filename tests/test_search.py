@@ -10,6 +10,8 @@ pytest.importorskip("lancedb", reason="the vector store, extra `search`, is not 
 
 from test_index import CAPTIONS, NUM_IMAGES, archive, checkpoint  # noqa: E402, F401
 
+from ieft.data.images import read_picture  # noqa: E402
+from ieft.search.archive_files import read_hit  # noqa: E402
 from ieft.search.command import draw_sheet, hit_table, main  # noqa: E402
 
 
@@ -96,3 +98,24 @@ def test_a_wrong_query_says_what_was_expected(run, archive, arguments, message):
 
 def test_no_hit_is_said():
     assert hit_table([]) == "No image fits."
+
+
+@pytest.mark.parametrize("tile", [[], ["--tile", 96]])
+def test_bands_are_asked_for_and_remembered(run, tmp_path, tile):
+    rasterio = pytest.importorskip("rasterio", reason="GeoTIFF, extra `geo`, is not installed")
+    scene, pixels = tmp_path / "a.tif", np.random.default_rng(0).integers(0, 4000, (5, 192, 192), np.uint16)
+    shape = {"count": 5, "width": 192, "height": 192, "dtype": "uint16"}
+    with rasterio.open(scene, "w", driver="GTiff", **shape) as raster:
+        raster.write(pixels)
+    code, printed = run("index", scene, *tile)
+    assert code == 1 and "such as --bands" in printed.err
+    assert run("index", scene, *tile, "--bands", "4,3,2")[0] == 0
+    count = 9 if tile else 1
+    assert f"0 added, {count} unchanged" in run("index", scene, *tile)[1].out  # chosen before
+    expected = np.asarray(read_picture(scene, bands=(4, 3, 2)))
+    for hit in json.loads(run("query", CAPTIONS[0], "--json", "--top_k", 20)[1].out):
+        part = expected[hit["row"] : hit["row"] + hit["tile_height"], hit["col"] : hit["col"] + hit["tile_width"]]
+        assert hit["bands"] == "4,3,2" and np.array_equal(np.asarray(read_hit(hit)), part)
+    assert f"{count} added" in run("index", scene, *tile, "--bands", "1")[1].out
+    with pytest.raises(SystemExit, match="Bands are one number or three"):
+        run("index", scene, "--bands", "1,2")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ieft.data.images import describe_picture, read_picture
+from ieft.data.images import describe_picture, parse_bands, read_picture
 from ieft.search.geography import OWN_SIDES, PLACE_COLUMNS, locate, place_of_bounds, read_metadata
 from ieft.search.tiles import Scene, Window, cut_windows
 
@@ -58,7 +58,7 @@ def read_hit(hit):
     Raises:
         FileNotFoundError, ValueError: for a file that is gone, or cannot be decoded.
     """
-    bands = tuple(hit.get("bands") or ()) or None
+    bands = parse_bands(hit.get("bands") or None)
     if not hit["tiling"] or not Path(hit["file"]).exists():
         return read_picture(hit["file"], bands=bands)
     with Scene(hit["file"], hit["limits"], bands=bands) as scene:
@@ -122,31 +122,31 @@ def _walk(archive):
                     yield Path(entry.path)
 
 
-def plan_tiles(file, tile, overlap):
+def plan_tiles(file, tile, overlap, *, bands=None):
     """The windows of an image that is to be cut; none where it stays whole, as with no `tile`."""
     if not tile:
         return []
-    with Scene(file) as scene:
+    with Scene(file, bands=bands) as scene:
         windows = cut_windows(scene.width, scene.height, tile=tile, overlap=overlap)
     return windows if len(windows) > 1 else []
 
 
-def read_whole(file):
+def read_whole(file, *, bands=None):
     """A row of the index for an image, and the image."""
-    picture = read_picture(file)
+    picture = read_picture(file, bands=bands)
     width, height, _ = describe_picture(file)  # as stored; the picture may be smaller
     row = _describe_file(file, width, height, Window(0, 0, width, height))
     if not str(file).lower().endswith(RASTER_SUFFIXES):
         return row | read_metadata(file), picture
-    with Scene(file) as scene:
+    with Scene(file, bands=bands) as scene:
         window = Window(0, 0, scene.width, scene.height)
         return row | read_metadata(file, scene.dataset) | locate(scene.dataset, window, file), picture
 
 
-def read_tiles(file, windows):
+def read_tiles(file, windows, *, bands=None):
     """A row of the index and the picture for each of some windows, read one at a time."""
     if windows:
-        with Scene(file) as scene:
+        with Scene(file, bands=bands) as scene:
             of_scene = read_metadata(file, scene.dataset) | {"limits": scene.limits}
             for window in windows:
                 row = _describe_file(file, scene.width, scene.height, window)

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageOps
 from transformers.utils import logging
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor
-from ieft.data.images import read_picture
+from ieft.data.images import parse_bands, read_picture
 from ieft.search.archive_files import find_images, read_hits
 from ieft.search.explain import draw_heat_map, explain_pair
 from ieft.search.feature_cache import KINDS
@@ -53,6 +53,11 @@ def build_parser():
     )
     index.add_argument("--overlap", type=float, help="with --tile, the part that the next tile shows too; 0.25")
     index.add_argument(
+        "--bands",
+        help="bands of images that become red, green and blue, from 1, such as 4,3,2; left out, those that an image "
+        "was indexed with, or that the file says",
+    )
+    index.add_argument(
         "--states",
         choices=KINDS,
         help="keep what re-ranking needs to know of each image, for checkpoints with first_joint_layer above 0",
@@ -61,6 +66,7 @@ def build_parser():
     query = _add_command(commands, "query", query_index, "find images for a sentence, or like an image")
     query.add_argument("caption", nargs="?", help="a sentence")
     query.add_argument("--image", help="an image file, instead of a sentence")
+    query.add_argument("--bands", help="with --image, its bands that become red, green and blue, from 1")
     query.add_argument("--top_k", type=int, default=10)
     query.add_argument("--rerank_top_k", type=int, default=32, help="hits that the network reads; 0 for none")
     query.add_argument(
@@ -117,11 +123,12 @@ def index_archive(args):
         raise ValueError("An archive of images, --captions or both expected.")
     if args.overlap is not None and not args.tile:
         raise ValueError("--overlap says how tiles overlap: give --tile too.")
+    bands = parse_bands(args.bands)
     files = find_images(args.archive) if args.archive is not None else []
     captions = read_lines(args.captions) if args.captions else []
     root = args.archive if args.archive is not None and Path(args.archive).is_dir() else None
     index = open_index(args, create=True, states=args.states, root=root)
-    report = index.add(files, tile=args.tile, overlap=args.overlap)
+    report = index.add(files, tile=args.tile, overlap=args.overlap, bands=bands)
     of_captions = index.add_captions(captions)
     index.optimize()
     if files:
@@ -198,7 +205,7 @@ def look_up_caption(index, args):
 
 def look_up_image(index, args):
     """The captions of an image, with --explain why, and the images like it: {"captions": hits, "images": hits}."""
-    image = read_picture(args.image)
+    image = read_picture(args.image, bands=parse_bands(args.bands))
     options = {"rerank_top_k": args.rerank_top_k, "similarity_weight": args.similarity_weight}
     captions = index.search_captions(image, top_k=args.top_k, **options)
     for hit in captions if args.explain else ():

@@ -32,6 +32,7 @@ try:
 except ImportError as error:
     raise ImportError("The index needs lancedb: pip install 'ieft[search]'.") from error
 
+from ieft.data.images import parse_bands
 from ieft.evaluation.ranking import fingerprint, score_pairs
 from ieft.search.archive_files import (
     HitImages,
@@ -68,7 +69,8 @@ OVERLAP = 0.25
 # `file` is relative to the archive's root where it lies below it; `time` is the file's, `acquired` the image's.
 # `width` and `height` are the file's; `col`, `row`, `tile_width`, `tile_height` the window of it that the row stands
 # for; `tiling` says how it was cut, empty where the row is the whole image; `limits` are those of
-# `ieft.search.tiles.Scene`. `west` to `north` are degrees (WGS84), west > east across the antimeridian; `left` to
+# `ieft.search.tiles.Scene`, `bands` the bands that were chosen, such as
+# "4,3,2". `west` to `north` are degrees (WGS84), west > east across the antimeridian; `left` to
 # `top` the raster's own coordinates in `crs`; `geometry` the outline as GeoJSON.
 METADATA = {
     "file": pa.string(), "content": pa.string(), "bytes": pa.int64(), "time": pa.timestamp("ms", "UTC"),
@@ -76,7 +78,7 @@ METADATA = {
     "tile_height": pa.int32(), "tiling": pa.string(), "limits": pa.list_(pa.float64()), "west": pa.float64(),
     "south": pa.float64(), "east": pa.float64(), "north": pa.float64(), "crs": pa.string(),
     "acquired": pa.timestamp("ms", "UTC"), "left": pa.float64(), "bottom": pa.float64(), "right": pa.float64(),
-    "top": pa.float64(), "geometry": pa.string(),
+    "top": pa.float64(), "geometry": pa.string(), "bands": pa.string(),
 }  # fmt: skip
 KEY = ["file", "col", "row"]
 # Fields of the configuration that an embedding depends on beside the weights.
@@ -85,7 +87,9 @@ COMPUTED_BY = (
     "patch_size", "max_image_length", "enhancement_layers", "enhancement_num_heads", "first_joint_layer",
     "contrastive_dim",
 )  # fmt: skip
-PREPROCESSED_BY = ("image_size", "fit", "image_mean", "image_std", "resample")
+PREPROCESSED_BY = (
+    "image_size", "fit", "do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
+)  # fmt: skip
 FINGERPRINT = "2-"  # begins those of this version
 PROBE = "Two Red HOUSES, é ß 中 3x4-storey ..."  # tells tokenizers of one vocabulary apart, by case and accents
 
@@ -358,13 +362,15 @@ class ImageIndex:
     def __len__(self):
         return self.table.count_rows()
 
-    def add(self, files, *, tile=None, overlap=None, batch_size=ROWS_AT_ONCE):
+    def add(self, files, *, tile=None, overlap=None, bands=None, batch_size=ROWS_AT_ONCE):
         """Embed images and keep them, a batch at a time; what changed takes its old rows' place.
 
         Args:
             tile: side of the tiles that larger images are cut into, in pixels; 0 keeps each image whole. None cuts an
                 image as the index has it, and keeps new ones whole.
             overlap: the part of a tile that its neighbour shows too; 0.25 where only `tile` is given.
+            bands: numbers, from 1, of three bands that become red, green and blue, or of one. None takes those that an
+                image was indexed with before, or those that the file says.
 
         Returns:
             dict: `added` and `unchanged`, how many rows, images or tiles; `unreadable`, a dict of file -> why. Of a
@@ -384,7 +390,7 @@ class ImageIndex:
         files_at_once = 1 if tile else batch_size
         for first in range(0, len(names), files_at_once):
             stale = []
-            rows = self._read_missing(names[first : first + files_at_once], tile, overlap, report, stale)
+            rows = self._read_missing(names[first : first + files_at_once], tile, overlap, bands, report, stale)
             while batch := list(islice(rows, batch_size)):
                 self._write(batch)
                 report["added"] += len(batch)
@@ -392,26 +398,33 @@ class ImageIndex:
                 _retry(self.table.delete, " OR ".join(stale))
         return report
 
-    def _read_missing(self, names, tile, overlap, report, stale):
+    def _read_missing(self, names, tile, overlap, bands, report, stale):
         """Rows without vectors, with their pictures as the network sees them; `stale` gets what is to go, as SQL."""
         known = {name: set() for name in names}
-        for row in self._select_raw(_any_of(names), ["content", "tiling", *KEY]):
-            known[row["file"]].add((row["content"], row["tiling"], (row["col"], row["row"])))
+        for row in self._select_raw(_any_of(names), ["content", "tiling", "bands", *KEY]):
+            made_of = row["content"], row["tiling"], row["bands"] or ""
+            known[row["file"]].add((*made_of, (row["col"], row["row"])))
         for name in names:
             file = self._path(name)
             try:
                 cut = (tile, overlap) if tile is not None else _cut_before(known[name])
-                content, windows = digest_file(file), plan_tiles(file, *cut)
+                chosen = (
+                    ",".join(map(str, bands)) if bands else max((made_of[2] for made_of in known[name]), default="")
+                )
+                content, windows = digest_file(file), plan_tiles(file, *cut, bands=parse_bands(chosen or None))
                 tiling = "{} pixels, overlap {}".format(*cut) if windows else ""
-                there = {place for *made_of, place in known[name] if made_of == [content, tiling]}
+                there = {place for *made_of, place in known[name] if made_of == [content, tiling, chosen]}
                 report["unchanged"] += len(there)
                 missing = [window for window in windows if window[:2] not in there]
-                pictures = read_tiles(file, missing) if windows else [] if there else [read_whole(file)]
+                options = {"bands": parse_bands(chosen or None)}
+                pictures = read_tiles(file, missing, **options) if windows else []
+                pictures = [read_whole(file, **options)] if not windows and not there else pictures
                 for row, picture in pictures:
                     square = self.processor.image_processor.fit_square(picture)
-                    yield row | {"file": name, "content": content, "tiling": tiling}, square
+                    yield row | {"file": name, "content": content, "tiling": tiling, "bands": chosen}, square
                 if len(known[name]) > len(there):
-                    stale.append(f"({_any_of([name])} AND (content != '{content}' OR tiling != '{tiling}'))")
+                    differs = f"content != '{content}' OR tiling != '{tiling}' OR coalesce(bands, '') != '{chosen}'"
+                    stale.append(f"({_any_of([name])} AND ({differs}))")
             except (OSError, ValueError) as error:
                 before = " (what was indexed of it before is kept)" if known[name] else ""
                 report["unreadable"][file] = f"{error}{before}"
@@ -807,7 +820,7 @@ def _store_errors(uri):
 
 def _cut_before(known):
     """Tile and overlap that the rows of a file were cut with; (None, 0) where it is whole or new."""
-    found = [re.fullmatch(r"(\d+) pixels, overlap (\S+)", tiling) for _, tiling, _ in sorted(known)]
+    found = [re.fullmatch(r"(\d+) pixels, overlap (\S+)", tiling) for _, tiling, *_ in sorted(known)]
     tile, overlap = next((match.groups() for match in found if match), (None, 0))
     return (int(tile), float(overlap)) if tile else (None, 0)
 
