@@ -139,8 +139,9 @@ def read_whole(file, *, bands=None):
     if not str(file).lower().endswith(RASTER_SUFFIXES):
         return row | read_metadata(file), picture
     with Scene(file, bands=bands) as scene:
-        window = Window(0, 0, scene.width, scene.height)
-        return row | read_metadata(file, scene.dataset) | locate(scene.dataset, window, file), picture
+        raster = scene.dataset
+        place = locate(raster, Window(0, 0, raster.width, raster.height), file) if raster is not None else {}
+        return row | read_metadata(file, raster) | place, picture
 
 
 def read_tiles(file, windows, *, bands=None):
@@ -150,7 +151,8 @@ def read_tiles(file, windows, *, bands=None):
             of_scene = read_metadata(file, scene.dataset) | {"limits": scene.limits}
             for window in windows:
                 row = _describe_file(file, scene.width, scene.height, window)
-                place = locate(scene.dataset, window, file if window is windows[0] else None)  # one warning a scene
+                named = file if window is windows[0] else None  # one warning a scene
+                place = locate(scene.dataset, window, named) if scene.dataset is not None else {}
                 yield row | of_scene | place, scene.read(window)
 
 
@@ -165,7 +167,7 @@ def place_again(row):
     try:
         with Scene(row["file"]) as scene:
             place |= locate(scene.dataset, window) or place_of_bounds(row["crs"], *sides)
-    except (ImportError, OSError, ValueError):
+    except (AttributeError, ImportError, OSError, ValueError):
         place |= place_of_bounds(row["crs"], *sides)
     return {name: row[name] for name in ("file", "col", "row")} | place
 
