@@ -95,7 +95,9 @@ def test_annotations_without_any_image_are_reported_before_the_run_stops(tmp_pat
     command = [str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"), "--report", "--on_bad_rows", "skip"]
     assert main([*command, "--cache_dir", str(tmp_path / "cache")]) == 1
     printed = capsys.readouterr().out
-    assert "Bad rows: 4 x a blank caption, 4 x no such image file" in printed and "Image sizes: none" in printed
+    assert (
+        "Invalid examples: 4 x a blank caption, 4 x no such image file" in printed and "Image sizes: none" in printed
+    )
     lines = {line[:42].strip(): line[42:].split() for line in printed.splitlines()}
     assert lines["text-to-image R@1 cannot exceed (strict)"] == ["100.0", "100.0", "50.0"]
     assert lines["images that can be read"] == ["0", "0", "0"]

@@ -21,14 +21,14 @@ EXTENDED_HEADERS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
-MAX_HEADER_BYTES = 2**20  # of a long name; tarfile reads it into memory
-FREE_BYTES = 2**30  # may be unpacked from an archive however small
-MAX_RATIO = 200  # bytes for each of a larger one; images and their captions need about 20
+MAX_HEADER_BYTES = 2**20  # for long names; tarfile reads such headers into memory
+FREE_BYTES = 2**30  # may be unpacked from an archive of any size
+MAX_RATIO = 200  # unpacked bytes per byte of a larger archive; images and captions need about 20
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much an archive may hold: members, bytes of one file, bytes in all."""
+    """Limits on an archive: number of members, bytes per file, bytes in total."""
 
     members: int = 2_000_000
     file_bytes: int = 8 * 2**30
@@ -36,14 +36,14 @@ class Limits:
 
 
 class UnsafeArchiveError(ValueError):
-    """An archive that reaches outside its folder, holds links, or is larger than allowed; nothing of it is kept."""
+    """An archive has paths outside its folder, links, or more content than allowed; nothing was extracted."""
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """A member whose header is taken as it is or not at all.
+    """A tar member whose header is validated.
 
-    Python's own goes back and forth for ever over a negative size, reads a name of any length into memory, and ends
-    the archive without a word at a header in its middle that is damaged.
+    Python's `TarInfo` loops forever over a negative size, reads names of any length into memory, and silently ends the
+    archive at a damaged header in its middle.
     """
 
     @classmethod
@@ -58,19 +58,19 @@ class StrictTarInfo(tarfile.TarInfo):
 
 
 def is_archive(path):
-    """Whether a file's name is that of an archive."""
+    """Whether a file has the name extension of an archive."""
     return str(path).lower().endswith(ARCHIVE_ENDINGS)
 
 
 def extract(archive, target, *, limits=None):
-    """Unpack an archive into a folder that does not exist yet; where it fails, no folder is left.
+    """Extract an archive into a folder that does not exist yet; on failure, no folder is left.
 
     Returns:
-        int: how many files were written.
+        int: the number of files written.
 
     Raises:
         UnsafeArchiveError: for a member outside the folder, a link, a device, or more than `limits` allow.
-        ValueError: where the file is no archive, or a damaged one.
+        ValueError: if the file is no archive, or a damaged one.
     """
     archive, target = Path(archive), Path(target)
     partial = target.with_name(f"{target.name}.partial")
@@ -102,7 +102,7 @@ def _extract_members(archive, folder, limits):
 
 
 def _members(archive, limits):
-    """Name and open file of each plain file; folders are made where files need them."""
+    """Name and open file of each regular file; folders are created when files need them."""
     if archive.name.lower().endswith(".zip"):
         with zipfile.ZipFile(archive) as opened:
             members = opened.infolist()
@@ -128,7 +128,7 @@ def _members(archive, limits):
 
 
 def _zip_name(member):
-    """The name of a member. Without the flag that says UTF-8, many programs write UTF-8 all the same."""
+    """The name of a member. Many programs write UTF-8 without setting the flag for it."""
     if member.flag_bits & 0x800:
         return member.filename
     try:
@@ -143,7 +143,7 @@ def _check_count(count, limits, archive):
 
 
 def _inside(folder, name, archive):
-    """Where a member goes; both kinds of slash part folders, as they do on some system."""
+    """The path of a member; slash and backslash both separate folders."""
     parts = PurePosixPath(name.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts or ":" in name or not parts.parts or "\0" in name:
         raise UnsafeArchiveError(f"{archive} holds {name!r}, a path outside its folder, and was not unpacked.")
@@ -168,10 +168,10 @@ def _copy(opened, path, limit, archive):
 
 
 def tar_members(archive):
-    """Where each plain file of an uncompressed tar lies in it: a list of (name, offset, size). Nothing is unpacked.
+    """List (name, offset, size) of each regular file in an uncompressed tar, without extracting it.
 
     Raises:
-        ValueError: for a file that is no tar, or a damaged one, and for members that do not lie in it as they are.
+        ValueError: if the file is no tar or is damaged, or if members are not stored contiguously (sparse files).
     """
     end = Path(archive).stat().st_size
     members = []
@@ -180,7 +180,7 @@ def tar_members(archive):
             for member in opened:
                 if member.issparse() or not 0 <= member.size <= end - member.offset_data:
                     raise tarfile.ReadError(
-                        f"{member.name!r} is said to hold {member.size:,} bytes, which it does not"
+                        f"{member.name!r} declares {member.size:,} bytes, but does not contain them"
                     )
                 if member.isfile():
                     members.append((member.name, member.offset_data, member.size))

@@ -27,8 +27,8 @@ FEATURES = {
 def make_example(row, *, bands=None):
     """A row as the library stores it, and whether its image had to be converted.
 
-    Plain image files stay where they are, referred to by absolute path. Others, which the library's own decoding would
-    spoil or not read, become 8-bit RGB PNG as `read_picture` makes of them.
+    Plain image files are referred to by absolute path. Others, which the library's decoding would distort or fail to
+    read, are read by `read_picture` and stored as 8-bit RGB PNG.
     """
     image, plain = row["image"], is_plain(row["image"], bands=bands)
     if not plain:
@@ -41,13 +41,13 @@ def make_example(row, *, bands=None):
 
 @dataclass
 class CaptionRowsConfig(datasets.BuilderConfig):
-    """`sources` is the fingerprint of the rows: part of the cache's key, which the library would not make of it."""
+    """`sources` is the fingerprint of the rows; as a field it becomes part of the cache key."""
 
     sources: str = ""
 
 
 class CaptionRowsBuilder(datasets.GeneratorBasedBuilder):
-    """Rows of a source, with `bands` of their images."""
+    """Builds a dataset of the rows of a source; `bands` selects the bands of their images."""
 
     BUILDER_CONFIG_CLASS = CaptionRowsConfig
     rows: list[dict]
@@ -69,23 +69,23 @@ class CaptionRowsBuilder(datasets.GeneratorBasedBuilder):
             yield key, example
         if count:
             logger.warning(
-                "%s: %d images are kept as 8-bit RGB PNG of at most 2048 x 2048 pixels: they are larger, or of bands "
-                "or depths that have to be chosen or stretched.", split, count,
+                "%s: %d images are stored as 8-bit RGB PNG of at most 2048 x 2048 pixels: they are larger, or have "
+                "bands or bit depths that must be selected or stretched.", split, count,
             )  # fmt: skip
 
 
 @dataclass
 class ScenesConfig(datasets.BuilderConfig):
-    """`scenes_seed` chooses the scenes, `hard` those of near twins."""
+    """`scenes_seed` selects the scenes; `hard` selects hard scenes."""
 
     scenes_seed: int = SCENES_SEED
     hard: bool = False
 
 
 class ScenesBuilder(datasets.GeneratorBasedBuilder):
-    """Synthetic aerial scenes, drawn on the spot."""
+    """Builds a dataset of synthetic aerial scenes."""
 
-    VERSION = datasets.Version("1.0.1")  # raise it when scenes change, so that no old ones come from the cache
+    VERSION = datasets.Version("1.0.1")  # increase it when scenes change, so that the cache is not reused
     BUILDER_CONFIG_CLASS = ScenesConfig
 
     def _info(self):

@@ -10,13 +10,13 @@ from http.client import HTTPException
 from pathlib import Path
 
 MAX_BYTES = 2**30
-TIMEOUT = 20  # seconds without an answer
+TIMEOUT = 20  # seconds without a response
 TOTAL_TIMEOUT = 600  # seconds for one image
 CHUNK = 2**18
 
 
 def download(url, folder, *, max_bytes=MAX_BYTES, timeout=TIMEOUT, total_timeout=TOTAL_TIMEOUT):
-    """The file of a URL, from `folder` where it was fetched before.
+    """Download a URL into `folder`, or reuse the file from an earlier download.
 
     Returns:
         (Path, None), or (None, reason).
@@ -42,7 +42,7 @@ def download(url, folder, *, max_bytes=MAX_BYTES, timeout=TIMEOUT, total_timeout
 
 
 def build_opener():
-    """http and https alone: a redirect could lead to ftp otherwise."""
+    """An opener for http and https only: otherwise a redirect could lead to ftp."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
@@ -55,7 +55,7 @@ def build_opener():
 
 def _copy(answer, file, max_bytes, deadline):
     size = 0
-    while chunk := answer.read1(CHUNK):  # what has come: `read` would wait for all of it, however slow it drips
+    while chunk := answer.read1(CHUNK):  # returns what has arrived: `read` would wait for the whole file, however slow
         size += len(chunk)
         if size > max_bytes:
             return f"cannot be downloaded: larger than {max_bytes:,} bytes"
@@ -64,5 +64,5 @@ def _copy(answer, file, max_bytes, deadline):
         file.write(chunk)
     expected = answer.headers.get("Content-Length")
     if expected and size != int(expected):
-        return f"cannot be downloaded: {size:,} of {expected} bytes came"
+        return f"cannot be downloaded: {size:,} of {expected} bytes were received"
     return None

@@ -14,7 +14,7 @@ from ieft.data.scenes import GROUNDS, KINDS, WATERS, Scene, describe_plan, draw_
 
 FAMILY = 4  # scenes of consecutive indices
 SPLITS = {"train": 4000, "validation": 200, "test": 1000}
-MOST_GROUNDS = 1  # twins on another ground, which is the easiest to see
+MOST_GROUNDS = 1  # scenes on another ground, the easiest difference to see
 
 
 def draw_twin(seed, index, *, size=96):
@@ -40,7 +40,7 @@ def plan_twins(generator):
 
 
 def vary_things(plan):
-    """Every plan with another count or colour of one thing, or with those of two things exchanged."""
+    """All plans with another count or colour of one thing, or with those of two things exchanged."""
     plans = []
     for place, thing in enumerate(plan.things):
         kind = KINDS[thing.kind]
@@ -56,7 +56,7 @@ def vary_things(plan):
 
 
 def _exchange(plan):
-    """The two things with each other's count, and with each other's colour, where both kinds come so."""
+    """The plans with the counts, or the colours, of the two things exchanged, where both kinds allow it."""
     if len(plan.things) < 2:
         return []
     first, second = plan.things
@@ -70,7 +70,7 @@ def _exchange(plan):
 
 
 def vary_line(plan):
-    """Every plan with another bend, colour or bridge of its line, or another sea."""
+    """All plans with another bend, colour or bridge of the line, or another sea."""
     if plan.sea:
         return [replace(plan, sea=sea) for sea in ("blue", "green") if sea != plan.sea]
     if plan.line is None:

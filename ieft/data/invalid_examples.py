@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from os.path import abspath
 from pathlib import Path
 
-MAX_WORDS = 1000  # a hundred times a caption; the network reads some forty
+MAX_WORDS = 1000  # a hundred times the usual; the network reads about 40 tokens
 SHOWN = 10
 BLANK = "a blank caption"
 PUNCTUATION = "a caption of punctuation only"
@@ -24,7 +24,7 @@ MISSING = "no such image file"
 AMBIGUOUS = "which image file is meant is not known"
 UNREADABLE = "unreadable image"
 NOT_FETCHED = "cannot be downloaded"
-# What to do, by the beginning of the reason.
+# Beginning of a reason -> remedy.
 REMEDIES = {
     BLANK: "write the caption, or delete it",
     PUNCTUATION: "write the caption, or delete it",
@@ -45,7 +45,7 @@ REMEDIES = {
     "": "look at the image",
 }
 
-# What is wrong with benchmarks as they are published: name -> the kind of fault, and the images that have it.
+# Known faults of published benchmarks: name -> kind of fault, and the images that have it.
 KNOWN_FAULTS = {
     "rsicd": (PUNCTUATION, {"bridge_218.jpg", "parking_211.jpg", "bridge_59.jpg"}),
     "rsitmd": (
@@ -57,7 +57,7 @@ KNOWN_FAULTS = {
 
 @dataclass(frozen=True)
 class BadRow:
-    """One fault. `row` counts from 0 in the order of the annotations; `dropped` is the caption or the whole image."""
+    """One fault. `row` is counted from 0 in the order of the annotations; `dropped` says what is left out."""
 
     row: int
     filename: str
@@ -68,7 +68,7 @@ class BadRow:
 
 
 class BadRowsError(ValueError):
-    """Rows that cannot be used, in `bad_rows`, each with its reason; nothing was prepared."""
+    """Some examples are invalid; they are listed in `bad_rows` with their reasons. Nothing was prepared."""
 
     def __init__(self, bad_rows, source):
         super().__init__(describe(bad_rows, source, shown=len(bad_rows)))
@@ -76,7 +76,7 @@ class BadRowsError(ValueError):
 
 
 def check_captions(captions):
-    """The captions that can be used, stripped, and a reason for each of the others."""
+    """The valid captions, stripped, and a reason for each of the others."""
     usable, reasons = [], []
     for caption in captions:
         reason = caption_fault(caption)
@@ -102,19 +102,19 @@ def caption_fault(caption):
 
 
 def show(value):
-    """The beginning of a value from a file, for a message: short whatever its size, and however deep it nests."""
+    """A value from a file, shortened for a message, whatever its size or depth of nesting."""
     return reprlib.repr(value)[:200].encode("utf-8", "backslashreplace").decode()
 
 
 def name_fault(row):
-    """Why the name or path of a row's image cannot be kept as text, or None."""
+    """Why the name or path of a row's image cannot be stored as text, or None."""
     name = f"{row['filename']}{row['image'] if isinstance(row.get('image'), Path) else ''}"
     bad = any(unicodedata.category(letter) == "Cs" or letter == "\0" for letter in name)
     return f"{NOT_A_NAME}: {ascii(row['filename'])[:60]}" if bad else None
 
 
 def usable_rows(rows, image_reasons):
-    """Rows whose image and at least one caption can be used, and all faults.
+    """The rows with a valid image and at least one valid caption, and all faults.
 
     Args:
         rows: dicts with `filename`, `split`, `captions`.
@@ -134,7 +134,7 @@ def usable_rows(rows, image_reasons):
 
 
 def _named_before(row, seen):
-    """A reason where an earlier row has the same file name, or the same file under another name."""
+    """A reason if an earlier row has the same file name, or the same file under another name; else None."""
     image = row.get("image")
     keys = [row["filename"], *([Path(abspath(image))] if isinstance(image, Path) else [])]
     before = next((seen[key] for key in keys if key in seen), None)
@@ -148,17 +148,17 @@ def _named_before(row, seen):
 
 
 def known_faults(name, bad_rows):
-    """Those of the faults that a published benchmark is known to have; all others stop a run.
+    """The faults that a published benchmark is known to have; only others stop a run.
 
     Args:
-        name: of the benchmark, or a path or Hub id that ends with it.
+        name: the benchmark, or a path or Hub id that ends with its name.
     """
     kind, images = KNOWN_FAULTS.get(re.split(r"[/\\]", str(name))[-1].lower(), ("", ()))
     return [bad for bad in bad_rows if Path(bad.filename).name in images and bad.reason.split(":")[0] == kind]
 
 
 def make_bad_rows(number, row, reasons, dropped):
-    """One `BadRow` for each reason, with what to do about it."""
+    """One `BadRow` for each reason, with its remedy."""
     remedies = [next(remedy for start, remedy in REMEDIES.items() if reason.startswith(start)) for reason in reasons]
     return [
         BadRow(number, row["filename"], row["split"], reason, dropped, remedy)
@@ -167,7 +167,7 @@ def make_bad_rows(number, row, reasons, dropped):
 
 
 def describe(bad_rows, source, *, shown=SHOWN):
-    """The report: a line for each of the first `shown` faults, then counts by reason and what to do."""
+    """The report: a line for each of the first `shown` faults, then counts by reason with remedies."""
     lines = [f"{len({bad.row for bad in bad_rows})} rows of {source} cannot be used as they are:"]
     lines += [f"  row {bad.row}, {bad.filename}: {bad.reason}" for bad in bad_rows[:shown]]
     if len(bad_rows) > shown:
@@ -178,12 +178,12 @@ def describe(bad_rows, source, *, shown=SHOWN):
 
 
 def bad_rows_text(bad_rows):
-    """`bad_rows.json`: a list of objects, empty where all is well."""
+    """The text of `bad_rows.json`: a list of objects, empty if there are no faults."""
     return json.dumps([asdict(bad) for bad in bad_rows], indent=2) + "\n"
 
 
 def save_bad_rows(bad_rows, folder):
-    """Write `bad_rows.json` in a folder, and give its path."""
+    """Write `bad_rows.json` to a folder and return its path."""
     path = Path(folder) / "bad_rows.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(bad_rows_text(bad_rows), encoding="utf-8")

@@ -20,7 +20,7 @@ SPLITS = ("train", "validation", "test")
 RANKS = (1, 5, 10)  # of recall at k
 COLOURS = {"train": "#57606a", "validation": "#bf8700", "test": "#0969da"}
 HASH_SIDE = 16  # dHash of 16 x 16 bits
-ALIKE_BITS = 16  # of 256; unlike images differ in about half of them
+ALIKE_BITS = 16  # of 256; unrelated images differ in about half of the bits
 COMPARED_AT_ONCE = 256
 SHOWN = 5
 
@@ -30,13 +30,13 @@ def measure_collection(rows, bad_rows, *, bands=None, num_proc=None):
 
     Args:
         rows: dicts of `filename`, `split`, `captions` and `image` (path, bytes or None), as distributed.
-        bad_rows: what `ieft.data.invalid_examples.usable_rows` found in them.
+        bad_rows: the invalid examples that `ieft.data.invalid_examples.usable_rows` found in them.
 
     Returns:
-        dict: `splits`, by name, each with counts, `words` of each caption and `ceiling` (`recall_ceiling`,
-        with a sentence counted once an image, as `ieft.evaluation.metrics` counts; `ceiling_with_repeats` counts
-        each caption);
-        `shared_sentences` and `near_duplicates` between splits; `sizes`, `modes` and `bad_rows`, how many of each.
+        dict: `splits`, by name, each with counts, number of `words` of each caption, `ceiling` (`recall_ceiling`
+        with a sentence counted once per image, as in `ieft.evaluation.metrics`) and `ceiling_with_repeats` (every
+        caption counted);
+        `shared_sentences` and `near_duplicates` between splits; counts of `sizes`, `modes` and `bad_rows`.
     """
     captions = [check_captions(row["captions"])[0] for row in rows]
     with ThreadPoolExecutor(num_proc or os.cpu_count()) as pool:
@@ -58,7 +58,7 @@ def measure_collection(rows, bad_rows, *, bands=None, num_proc=None):
 
 
 def look_at(image, *, bands=None):
-    """Width, height, mode and perceptual hash of an image, or None where it cannot be read."""
+    """Width, height, mode and perceptual hash of an image, or None if it cannot be read."""
     try:
         return None if image is None else (*describe_picture(image), hash_picture(read_picture(image, bands=bands)))
     except (OSError, ValueError):
@@ -75,8 +75,8 @@ def hash_picture(picture):
 def recall_ceiling(captions_per_image):
     """Strict text-to-image recalls that no ranking can exceed, in percent, for k = 1, 5, 10.
 
-    A sentence asks once for every caption that it is, and is answered by one ranking: at most the captions of k of its
-    images are right.
+    A sentence is one query for each of its captions, but has a single ranking: at best, the captions of k of its
+    images are retrieved.
     """
     copies = defaultdict(Counter)
     for image, captions in enumerate(captions_per_image):
@@ -103,7 +103,7 @@ def _measure_split(captions_per_image):
 
 
 def _shared_sentences(captions, members):
-    """For each two splits the distinct sentences that both have, and how many captions of the later one they are."""
+    """For each pair of splits, the distinct sentences in both, and the number of their captions in the second."""
     sentences = {name: [each for row in rows for each in captions[row]] for name, rows in members.items()}
     shared = []
     for first, second in _pairs(members):
@@ -114,7 +114,7 @@ def _shared_sentences(captions, members):
 
 
 def _near_duplicates(rows, looks, members):
-    """Images of different splits whose hashes differ in few bits: names and bits, nearest first."""
+    """Pairs of images in different splits whose hashes differ in few bits, the most similar first."""
     found = []
     for first, second in _pairs(members):
         ours, theirs = ([row for row in members[name] if looks[row]] for name in (first, second))
@@ -137,11 +137,11 @@ def _pairs(names):
     return [(first, second) for place, first in enumerate(names) for second in names[place + 1 :]]
 
 
-# The page ------------------------------------------------------------------------------------------------------------
+# The report ----------------------------------------------------------------------------------------------------------
 
 
 def save_report(title, rows, facts, folder):
-    """`report.txt`, `report.png` and, with every sentence and pair, `report.json` in a folder; gives the text."""
+    """Save `report.txt`, `report.png` and, with every sentence and pair, `report.json`; return the text."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = report_text(title, facts)
@@ -152,7 +152,7 @@ def save_report(title, rows, facts, folder):
 
 
 def report_text(title, facts):
-    """The facts as a page of text."""
+    """The facts as text."""
     splits = facts["splits"]
 
     def line(label, value):
@@ -162,11 +162,11 @@ def report_text(title, facts):
         return lambda each: f"{each[name]:,}"
 
     lines = [title, "", f"{'':42}" + "".join(f"{name:>14}" for name in splits)]
-    lines += [line("images named", count("images")), line("images that can be read", count("readable_images"))]
+    lines += [line("images listed", count("images")), line("images that can be read", count("readable_images"))]
     lines += [line("captions that can be used", count("captions"))]
-    lines += [line("words a caption: fewest, median, most", lambda each: _spread(each["words"]))]
+    lines += [line("words per caption: min, median, max", lambda each: _spread(each["words"]))]
     lines += [line("distinct sentences", count("distinct_sentences"))]
-    lines += [line("captions that other images carry too", count("on_several_images"))]
+    lines += [line("captions that other images also have", count("on_several_images"))]
     lines += [line("captions repeated on their own image", count("repeated_on_one_image"))]
     for k in RANKS:
         label = f"text-to-image R@{k} cannot exceed (strict)"
@@ -174,7 +174,7 @@ def report_text(title, facts):
     label = "  R@1 with repeats on one image counted"
     lines.append(line(label, lambda each: f"{each['ceiling_with_repeats'][1]:.1f}"))
     lines += ["", *_between_splits(facts), ""]
-    for label, name in (("Image sizes", "sizes"), ("Image modes", "modes"), ("Bad rows", "bad_rows")):
+    for label, name in (("Image sizes", "sizes"), ("Image modes", "modes"), ("Invalid examples", "bad_rows")):
         lines.append(f"{label}: {_listed(facts[name])}")
     return "\n".join(lines)
 
@@ -194,7 +194,7 @@ def _between_splits(facts):
         )
         near = [pair for pair in facts["near_duplicates"] if pair["splits"] == [first, second]]
         images = len({pair["images"][1] for pair in near})
-        lines.append(f"Images of {second} that look like one of {first}: {images:,}.")
+        lines.append(f"Images of {second} that are near duplicates of one of {first}: {images:,}.")
         lines += [f"  {pair['images'][1]} like {pair['images'][0]}" for pair in near[:SHOWN]]
     return lines
 
@@ -206,7 +206,7 @@ def _listed(counts):
 
 
 def report_picture(title, rows, facts):
-    """The page as a matplotlib figure: counts, lengths, ceilings, sentences, sizes, and images alike."""
+    """The report as a matplotlib figure: counts, lengths, ceilings, sentences, sizes and near duplicates."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 8.5), layout="constrained", facecolor="white")
@@ -222,7 +222,7 @@ def report_picture(title, rows, facts):
     _draw_sentences(figure.add_subplot(grid[1, 0]), facts)
     _draw_counts(figure.add_subplot(grid[1, 1]), facts["sizes"], "Image sizes, in pixels", "#57606a")
     modes = {f"mode {name}": count for name, count in facts["modes"].items()}
-    _draw_counts(figure.add_subplot(grid[1, 2]), modes | facts["bad_rows"], "Image modes, and bad rows", "#cf222e")
+    _draw_counts(figure.add_subplot(grid[1, 2]), modes | facts["bad_rows"], "Image modes, invalid examples", "#cf222e")
     _draw_pairs(figure, grid[2, :], rows, facts["near_duplicates"])
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -249,7 +249,7 @@ def _draw_words(axes, facts):
         words = np.minimum(each["words"], 40)
         axes.hist(words, edges, weights=shares, histtype="step", color=COLOURS[name], label=name, linewidth=1.6)
     axes.legend(frameon=False, fontsize=9)
-    axes.set_title("Words a caption, % of captions" + (" (40: or more)" if longest > 40 else ""), loc="left")
+    axes.set_title("Words per caption, % of captions" + (" (40: or more)" if longest > 40 else ""), loc="left")
 
 
 def _draw_ceilings(axes, facts):
@@ -294,9 +294,9 @@ def _draw_counts(axes, counts, title, colour):
 
 
 def _draw_pairs(figure, place, rows, pairs):
-    """The nearest images of different splits, side by side."""
+    """The nearest duplicates in different splits, side by side."""
     slots = place.subgridspec(1, 10, wspace=0.05)
-    heading = f"Images of different splits that look alike: {len(pairs):,} pairs" + (", the nearest:" if pairs else "")
+    heading = f"Near duplicates in different splits: {len(pairs):,} pairs" + (", the nearest:" if pairs else "")
     whole = figure.add_subplot(place)
     whole.set_axis_off()
     whole.set_title(heading, loc="left")

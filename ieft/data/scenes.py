@@ -63,7 +63,7 @@ ON_LAND = tuple(name for name in KINDS if name not in ("ship", "island"))
 
 @dataclass(frozen=True)
 class Thing:
-    """Some things of one kind and colour, standing together."""
+    """A group of objects of one kind and colour."""
 
     kind: str
     count: int
@@ -77,12 +77,12 @@ class Line:
     kind: str
     colour: str | None
     curved: bool
-    bridge: bool  # a road leads over the river
+    bridge: bool  # a road crosses the river
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a scene shows. With `sea`, the first thing is on the water and the others on the land behind the beach."""
+    """The content of a scene. With `sea`, the first thing is on the water and the others on land behind the beach."""
 
     ground: str
     things: tuple[Thing, ...]
@@ -92,7 +92,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, RGB and square, and its five captions."""
+    """A square RGB image and its five captions."""
 
     image: Image.Image
     captions: list[str]
@@ -141,7 +141,7 @@ def _pick(generator, choices):
 
 
 def draw_plan(plan, generator):
-    """The picture of a plan at `CANVAS` pixels, turned or mirrored at random."""
+    """Draw a plan at `CANVAS` pixels, with a random flip or quarter turn."""
     image = _draw_ground(plan.ground, generator)
     pen = ImageDraw.Draw(image)
     if plan.sea:
@@ -179,7 +179,7 @@ def _draw_ground(ground, generator):
 
 
 def _plough(generator):
-    """Plots of unequal brightness, each with its furrows one way or the other: (CANVAS, CANVAS)."""
+    """Plots of different brightness with horizontal or vertical furrows: (CANVAS, CANVAS)."""
     shade = np.empty((CANVAS, CANVAS))
     rows = np.arange(CANVAS)[:, None] + np.zeros(CANVAS)
     for top in (0, 64, 128):
@@ -367,7 +367,7 @@ def _draw_ground_for_sport(pen, kind, colour, x, y, r):
 
 
 def _finish(image, generator):
-    """Soften, add sensor noise and light, and turn or mirror: the sentences hold for all eight."""
+    """Blur, scale brightness, add sensor noise, and apply one of the 8 flips and quarter turns."""
     image = image.filter(ImageFilter.GaussianBlur(0.6))
     pixels = np.asarray(image, dtype=np.float64) * generator.uniform(0.9, 1.1) + generator.normal(
         0, 3, (CANVAS, CANVAS, 1)
@@ -409,7 +409,7 @@ def _jitter(generator, reach):
 
 
 def describe_plan(plan, generator, *, num_brief=1):
-    """Five different sentences: most name every fact, the last `num_brief` may leave some out."""
+    """Five different sentences that name every fact; only the last `num_brief` may omit some."""
     captions = []
     while len(captions) < 5:
         sentence = _sentence(plan, generator, brief=len(captions) >= 5 - num_brief)

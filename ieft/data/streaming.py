@@ -20,9 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 class LazyRows:
-    """A split of rows that were checked, of which images are read where they are whenever they are asked for.
+    """A split of validated rows whose images are read from their source on every access.
 
-    It has what a trainer asks of a `datasets.Dataset`: rows by number, a column by name, `select`, `column_names`.
+    It has the part of `datasets.Dataset` that a trainer needs: rows by number, columns by name, `select` and
+    `column_names`.
     """
 
     def __init__(self, rows, *, bands=None):
@@ -45,7 +46,7 @@ class LazyRows:
         return LazyRows(self.rows + other.rows, bands=self.bands)
 
     def select(self, numbers):
-        """The rows of these numbers."""
+        """The rows with these numbers."""
         return LazyRows([self.rows[number] for number in numbers], bands=self.bands)
 
     def select_columns(self, names):
@@ -54,11 +55,11 @@ class LazyRows:
 
 
 def stream_rows(rows, source, *, image_fault, on_bad_rows, bands=None):
-    """Streams of rows that `usable_rows` has passed but for their images.
+    """Streams of rows that `usable_rows` has validated except for their images.
 
     Args:
-        image_fault: path or bytes and `bands` -> a reason, or None.
-        on_bad_rows: "stop" raises `BadRowsError` at the first unreadable image; "skip" leaves it out and says so.
+        image_fault: function of a path or bytes and `bands` that returns a reason or None.
+        on_bad_rows: "stop" raises `BadRowsError` at the first unreadable image; "skip" skips it with a warning.
     """
     splits = [name for name in ("train", "validation", "test") if any(row["split"] == name for row in rows)]
     own = {name: [row for row in rows if row["split"] == name] for name in splits}
@@ -66,10 +67,10 @@ def stream_rows(rows, source, *, image_fault, on_bad_rows, bands=None):
 
 
 def load_from_hub(name, **options):
-    """`datasets.load_dataset`, whose many errors become one that says what was tried.
+    """`datasets.load_dataset` with a single kind of error that says what was tried.
 
     Raises:
-        ValueError: where there is no such dataset, or the Hub cannot be reached.
+        ValueError: if there is no such dataset, or the Hub cannot be reached.
     """
     try:
         return datasets.load_dataset(name, **options)
@@ -79,7 +80,7 @@ def load_from_hub(name, **options):
 
 
 def stream_hub_dataset(name, columns, *, image_fault, on_bad_rows, bands=None, **options):
-    """The splits of a Hub dataset of parquet files or tars, read while they are used; `options` of `load_dataset`."""
+    """Streams of the splits of a Hub dataset of parquet or tar files; `options` of `load_dataset`."""
     streams = load_from_hub(name, streaming=True, **options)
     ways = {}
     for split, stream in streams.items():
@@ -127,7 +128,7 @@ def _checked_records(stream, origin, image_fault, on_bad_rows, bands):
     name, split, columns = origin
     for number, record in enumerate(stream):
         row = table_source(Path(name), [record | {"split": split}], columns, start=number).rows[0]
-        known = isinstance(row["image"], bytes)  # a path that a Hub dataset names would be one of this machine
+        known = isinstance(row["image"], bytes)  # a path in a Hub dataset would be one on this machine
         reason = image_fault(row["image"], bands=bands) if known else MISSING
         rows, bad = usable_rows([row], {0: reason} if reason else {})
         if bad:
