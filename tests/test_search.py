@@ -97,7 +97,7 @@ def test_a_wrong_query_says_what_was_expected(run, archive, arguments, message):
 
 
 def test_no_hit_is_said():
-    assert hit_table([]) == "No image fits."
+    assert hit_table([]) == "No image matches."
 
 
 @pytest.mark.parametrize("tile", [[], ["--tile", 96]])

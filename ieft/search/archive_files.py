@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 RASTER_SUFFIXES = (".jp2", ".tif", ".tiff")  # of formats that may have a georeference
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp", *RASTER_SUFFIXES)
-# What macOS leaves beside images: no images, though they have their names.
+# Metadata of macOS beside images: names like those of images, but no images.
 NO_IMAGES, NO_FOLDER = "._", "__MACOSX"
 
 
@@ -35,7 +35,7 @@ class UnreadableHit(ValueError):
 
 
 class HitImages(Dataset):
-    """The pictures of hits by row as the network reads them: (3, image_size, image_size) in [-1, 1]."""
+    """The images of hits as input of the network, by row: (3, image_size, image_size) in [-1, 1]."""
 
     def __init__(self, hits, processor):
         self.hits, self.image_processor = hits, processor.image_processor
@@ -53,10 +53,10 @@ class HitImages(Dataset):
 
 
 def read_hit(hit):
-    """What a hit shows, PIL RGB: the whole image, or its tile, read by its window.
+    """Read the image of a hit as PIL RGB: the whole image, or its tile, read by window.
 
     Raises:
-        FileNotFoundError, ValueError: for a file that is gone, or cannot be decoded.
+        FileNotFoundError, ValueError: if the file is gone or cannot be decoded.
     """
     bands = parse_bands(hit.get("bands") or None)
     if not hit["tiling"] or not Path(hit["file"]).exists():
@@ -66,7 +66,7 @@ def read_hit(hit):
 
 
 def read_hits(hits):
-    """Hits with what they show, as pairs; those that cannot be read are left out, with a warning for each."""
+    """Pairs of hit and image; hits that cannot be read are skipped, with a warning for each."""
     pairs = []
     for hit in hits:
         try:
@@ -77,9 +77,9 @@ def read_hits(hits):
 
 
 def is_gone(file):
-    """Whether a file is certainly not there; one that cannot be looked at, for want of rights or a network, is not.
+    """Whether a file certainly does not exist. A file that is inaccessible (permissions, network) is not gone.
 
-    A link to a file that is gone is gone.
+    A link to a file that is gone counts as gone.
     """
     try:
         os.stat(file)
@@ -91,12 +91,12 @@ def is_gone(file):
 
 
 def find_images(archive):
-    """Image files under a folder, in order, linked ones and those of linked folders too; or the one file given.
+    """Sorted image files below a folder, following links to files and folders; or the single given file.
 
-    A file has the name that its link has. Each folder is searched once, whatever links lead to it.
+    A linked file is listed under the name of the link. Each folder is searched once, however many links lead to it.
 
     Raises:
-        FileNotFoundError: where there is none.
+        FileNotFoundError: if there are none.
     """
     archive = Path(archive)
     paths = sorted(_walk(archive.resolve())) if archive.is_dir() else [archive]
@@ -107,7 +107,7 @@ def find_images(archive):
 
 
 def _walk(archive):
-    """All files below a folder, by the names that links give them."""
+    """All files below a folder; linked files under the names of their links."""
     folders, links, visited = [str(archive)], [], set()
     while folders or links:  # links last, so that a folder of the archive keeps its own name
         folder = (folders or links).pop()
@@ -123,7 +123,7 @@ def _walk(archive):
 
 
 def plan_tiles(file, tile, overlap, *, bands=None):
-    """The windows of an image that is to be cut; none where it stays whole, as with no `tile`."""
+    """The windows of the tiles of an image; none if it is kept whole, as without `tile`."""
     if not tile:
         return []
     with Scene(file, bands=bands) as scene:
@@ -132,9 +132,9 @@ def plan_tiles(file, tile, overlap, *, bands=None):
 
 
 def read_whole(file, *, bands=None):
-    """A row of the index for an image, and the image."""
+    """The index row of a whole image, and the image."""
     picture = read_picture(file, bands=bands)
-    width, height, _ = describe_picture(file)  # as stored; the picture may be smaller
+    width, height, _ = describe_picture(file)  # as stored; the image read may be smaller
     row = _describe_file(file, width, height, Window(0, 0, width, height))
     if not str(file).lower().endswith(RASTER_SUFFIXES):
         return row | read_metadata(file), picture
@@ -145,7 +145,7 @@ def read_whole(file, *, bands=None):
 
 
 def read_tiles(file, windows, *, bands=None):
-    """A row of the index and the picture for each of some windows, read one at a time."""
+    """The index row and the image of each window, read one at a time."""
     if windows:
         with Scene(file, bands=bands) as scene:
             of_scene = read_metadata(file, scene.dataset) | {"limits": scene.limits}

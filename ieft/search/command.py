@@ -35,7 +35,7 @@ def main(arguments=None):
     except (ImportError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: the vector store's and torch's
         sys.exit(f"ieft-search: {error}")
     except KeyboardInterrupt:
-        sys.exit("ieft-search: interrupted; what was added is kept, and the same command goes on.")
+        sys.exit("ieft-search: interrupted; what was added is kept, and the same command resumes.")
 
 
 def build_parser():
@@ -44,56 +44,56 @@ def build_parser():
         required=True, metavar="index | query | info | export | delete | prune | relocate"
     )
     index = _add_command(commands, "index", index_archive, "add the images of an archive")
-    index.add_argument("archive", nargs="?", help="a folder, searched to the bottom, or one image")
+    index.add_argument("archive", nargs="?", help="a folder, searched recursively, or one image")
     index.add_argument(
         "--tile",
         type=int,
-        help="cut larger images into tiles of this side, in pixels; 0 keeps them whole; left out, images stay cut as "
-        "the index has them",
+        help="cut larger images into tiles of this side length in pixels; 0 keeps them whole; by default, images stay "
+        "tiled as in the index",
     )
-    index.add_argument("--overlap", type=float, help="with --tile, the part that the next tile shows too; 0.25")
+    index.add_argument("--overlap", type=float, help="with --tile, the fraction shared with the next tile (0.25)")
     index.add_argument(
         "--bands",
-        help="bands of images that become red, green and blue, from 1, such as 4,3,2; left out, those that an image "
-        "was indexed with, or that the file says",
+        help="bands to use as red, green and blue, from 1, such as 4,3,2; by default those that an image was indexed "
+        "with, or that the file declares",
     )
     index.add_argument(
         "--states",
         choices=KINDS,
-        help="keep what re-ranking needs to know of each image, for checkpoints with first_joint_layer above 0",
+        help="also store image features for re-ranking, for checkpoints with first_joint_layer above 0",
     )
-    index.add_argument("--captions", help="a text file, one sentence a line, for `query --image` to look up")
-    query = _add_command(commands, "query", query_index, "find images for a sentence, or like an image")
+    index.add_argument("--captions", help="a text file, one sentence per line, to be found by `query --image`")
+    query = _add_command(commands, "query", query_index, "find images for a sentence, or images similar to an image")
     query.add_argument("caption", nargs="?", help="a sentence")
     query.add_argument("--image", help="an image file, instead of a sentence")
-    query.add_argument("--bands", help="with --image, its bands that become red, green and blue, from 1")
+    query.add_argument("--bands", help="with --image, its bands to use as red, green and blue, from 1")
     query.add_argument("--top_k", type=int, default=10)
-    query.add_argument("--rerank_top_k", type=int, default=32, help="hits that the network reads; 0 for none")
+    query.add_argument("--rerank_top_k", type=int, default=32, help="hits to re-rank with the network; 0: none")
     query.add_argument(
-        "--where", help="SQL over the columns that `info` names: \"width >= 256 AND file LIKE '%%port%%'\""
+        "--where", help="SQL filter over the columns listed by `info`: \"width >= 256 AND file LIKE '%%port%%'\""
     )
     query.add_argument(
         "--similarity_weight",
         type=float,
         default=0.0,
-        help="of the embeddings' similarity in the score; run_retrieval.py --rerank_top_k finds one",
+        help="weight of the embeddings' similarity in the score; run_retrieval.py --rerank_top_k finds one",
     )
-    query.add_argument("--explain", help="a folder for heat maps of why each hit was found")
+    query.add_argument("--explain", help="a folder for heat maps that explain each hit")
     query.add_argument("--json", action="store_true", help="JSON instead of the table")
-    query.add_argument("--sheet", help="a PNG file to draw the hits in")
-    query.add_argument("--geojson", help="a file for the hits' outlines")
+    query.add_argument("--sheet", help="write a contact sheet of the hits to this PNG file")
+    query.add_argument("--geojson", help="write the outlines of the hits to this GeoJSON file")
     query.add_argument("--overwrite", action="store_true", help="replace files of --sheet, --geojson and --explain")
-    _add_command(commands, "info", show_info, "what the index holds")
-    export = _add_command(commands, "export", export_index, "the images' metadata as JSON lines")
+    _add_command(commands, "info", show_info, "show what the index contains")
+    export = _add_command(commands, "export", export_index, "print the metadata of the images as JSON lines")
     export.add_argument("--where", help="as for `query`")
-    export.add_argument("--geojson", action="store_true", help="their outlines instead, as one FeatureCollection")
-    delete = _add_command(commands, "delete", delete_images, "take images out of the index")
+    export.add_argument("--geojson", action="store_true", help="print outlines instead, as one FeatureCollection")
+    delete = _add_command(commands, "delete", delete_images, "remove images from the index")
     delete.add_argument("files", nargs="+")
-    prune = _add_command(commands, "prune", prune_index, "take files that are gone out of the index, and name them")
-    prune.add_argument("--force", action="store_true", help="also where all files of a folder are gone")
-    relocate = _add_command(commands, "relocate", relocate_index, "say where an archive was moved to")
-    relocate.add_argument("folder", help="where the archive is now")
-    relocate.add_argument("--former", help="where it was, if that is not the root that `info` shows")
+    prune = _add_command(commands, "prune", prune_index, "remove missing files from the index, and list them")
+    prune.add_argument("--force", action="store_true", help="even if all files of a folder are gone")
+    relocate = _add_command(commands, "relocate", relocate_index, "update the location of an archive that was moved")
+    relocate.add_argument("folder", help="new location of the archive")
+    relocate.add_argument("--former", help="former location, if it is not the root shown by `info`")
     return parser
 
 
@@ -106,14 +106,14 @@ def _add_command(commands, name, function, text):
 
 
 def open_index(args, **options):
-    from ieft.search.index import ImageIndex  # here, so that a missing lancedb is an error like others
+    from ieft.search.index import ImageIndex  # imported here, so that a missing lancedb is reported like other errors
 
     try:
         model = IeftForImageTextRetrieval.from_pretrained(args.model)
         processor = IeftProcessor.from_pretrained(args.model)
     except (OSError, ValueError):
         raise
-    except Exception as error:  # safetensors and tokenizers have errors of their own
+    except Exception as error:  # safetensors and tokenizers raise their own errors
         raise ValueError(f"{args.model} cannot be loaded as a checkpoint: {type(error).__name__}: {error}") from error
     return ImageIndex(args.index, model, processor=processor, **options)
 
@@ -122,7 +122,7 @@ def index_archive(args):
     if args.archive is None and args.captions is None:
         raise ValueError("An archive of images, --captions or both expected.")
     if args.overlap is not None and not args.tile:
-        raise ValueError("--overlap says how tiles overlap: give --tile too.")
+        raise ValueError("--overlap needs --tile: it is the overlap of the tiles.")
     bands = parse_bands(args.bands)
     files = find_images(args.archive) if args.archive is not None else []
     captions = read_lines(args.captions) if args.captions else []
@@ -160,10 +160,10 @@ def read_lines(file):
 
 
 def check_outputs(args):
-    """Refuse to replace what is there.
+    """Check that no output would be replaced.
 
     Raises:
-        FileExistsError: for a file, or a folder that is not empty.
+        FileExistsError: if a file or a non-empty folder exists already.
     """
     for output in filter(None, (args.sheet, args.geojson, args.explain)):
         path = Path(output)
@@ -195,7 +195,7 @@ def query_index(args):
 
 
 def look_up_caption(index, args):
-    """The images for a sentence, with --explain why, as {"images": hits}."""
+    """Search images for a sentence and, with --explain, explain the hits: {"images": hits}."""
     options = {"rerank_top_k": args.rerank_top_k, "similarity_weight": args.similarity_weight}
     hits = index.search(args.caption, top_k=args.top_k, where=args.where, **options)
     for hit, picture in read_hits(hits) if args.explain else ():
@@ -204,7 +204,7 @@ def look_up_caption(index, args):
 
 
 def look_up_image(index, args):
-    """The captions of an image, with --explain why, and the images like it: {"captions": hits, "images": hits}."""
+    """Search captions (explained with --explain) and similar images: {"captions": hits, "images": hits}."""
     image = read_picture(args.image, bands=parse_bands(args.bands))
     options = {"rerank_top_k": args.rerank_top_k, "similarity_weight": args.similarity_weight}
     captions = index.search_captions(image, top_k=args.top_k, **options)
@@ -214,7 +214,7 @@ def look_up_image(index, args):
 
 
 def save_explanation(index, folder, image, caption, hit):
-    """Draw the heat map of a hit into a folder, and add to the hit where it is and what each word contributed."""
+    """Save the heat map of a hit to a folder, and add its path and the word contributions to the hit."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     found = explain_pair(index.model, index.processor, image, caption)
     file = Path(folder, f"{hit['rank']:03}.png")
@@ -264,9 +264,9 @@ def relocate_index(args):
 
 
 def hit_table(hits):
-    """Hits as text, one line each; a line that says so where there is none."""
+    """Hits as text, one line each, or a line that says that there are none."""
     if not hits:
-        return "No image fits."
+        return "No image matches."
     lines = [f"{'rank':>4}{'score':>9}  {'stage':<10} file"]
     lines += [f"{_start_of_line(hit)} {hit['file']}{_name_window(hit)}{_name_words(hit)}" for hit in hits]
     return "\n".join(lines)
@@ -283,7 +283,7 @@ def _start_of_line(hit):
 
 
 def _name_window(hit):
-    """The pixels of a tile, as GDAL says it: column, row, width, height."""
+    """The window of a tile in GDAL's order: column, row, width, height."""
     if not hit["tiling"]:
         return ""
     others = f", and {hit['merged'] - 1} that overlap" if hit["merged"] > 1 else ""
@@ -291,13 +291,13 @@ def _name_window(hit):
 
 
 def _name_words(hit):
-    """A second line with the words that speak most for a hit, where it was explained."""
+    """A second line with the words that contribute most to an explained hit."""
     strongest = sorted(hit.get("words", ()), key=lambda pair: -abs(pair[1]))[:4]
     return "\n" + " " * 27 + ", ".join(f"{word} {share:+.2f}" for word, share in strongest) if strongest else ""
 
 
 def draw_sheet(hits):
-    """Hits as thumbnails in rows of five, rank and score below each: PIL RGB; without those that cannot be read."""
+    """A contact sheet (PIL RGB) of the readable hits: thumbnails in rows of five, rank and score below each."""
     pairs = read_hits(hits)
     rows = max(1, -(-len(pairs) // SHEET_COLUMNS))
     step = THUMB + GAP

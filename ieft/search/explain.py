@@ -30,13 +30,13 @@ OPACITY = 0.8  # of the hottest patch
 
 @dataclass
 class Explanation:
-    """What spoke for a caption.
+    """Evidence in the image and in the caption for a matching score.
 
     Attributes:
-        score: the network's, any real number.
-        heat: (G, G) in [0, 1], the patches in raster order, 1 the hottest; all 0 where nothing speaks for the caption.
-        words: each word that the network reads, as the caption spells it, and its contribution: positive where the
-            score is higher with it.
+        score: the matching score, any real number.
+        heat: (G, G) in [0, 1], the patches in raster order, 1 the hottest; all 0 if no patch supports the caption.
+        words: each word that the network reads, as spelled in the caption, with its contribution; it is positive if
+            the word raises the score.
     """
 
     score: float
@@ -45,11 +45,11 @@ class Explanation:
 
 
 def explain_pair(model, processor, image, caption):
-    """An `Explanation` of one pair; the model is left as it was found.
+    """Explain the score of one pair; the model is not changed.
 
     Args:
-        image: PIL, array, path or URL, as the processor takes it.
-        caption: a sentence; words beyond the processor's limit are not read, and not listed.
+        image: PIL image, array, path or URL.
+        caption: a sentence; words beyond the processor's limit are neither read nor listed.
 
     Raises:
         ValueError: for an empty caption.
@@ -86,9 +86,9 @@ def _trace_patches(model, input_ids, pixels):
 
 @contextmanager
 def _kept_attentions(model):
-    """A list for each block of the attentions (1, H, T, T) that it computes.
+    """For each block, a list of the attention weights (1, H, T, T) that it computes.
 
-    Of a block that reads each side alone, the caption's and the image's; of a joint one, that of all tokens.
+    Blocks below the fusion layer have two, of the caption and of the image; others have one, of all tokens.
     """
     of_blocks = [[] for _ in model.vilt.encoder.layer]
     hooks = [
@@ -104,7 +104,7 @@ def _kept_attentions(model):
 
 @torch.no_grad()
 def _score_without_words(model, input_ids, pixels, places):
-    """The score with each word's tokens masked out; `places` names each token's word, None for special tokens."""
+    """The score with each word's tokens masked out; `places` gives each token's word, None for special tokens."""
     words = _words(places)
     mask = torch.tensor([[place != word for place in places] for word in words], device=input_ids.device).long()
     image = torch.zeros(len(words), dtype=torch.long, device=input_ids.device)  # the same for all
@@ -118,15 +118,16 @@ def _words(places):
 
 
 def draw_heat_map(image, heat, *, fit="crop"):
-    """An image with the heat over it, brighter where more of it is; cold parts stay as they are.
+    """Overlay the heat map on an image; cold parts are not changed.
 
     Args:
-        image: PIL, of any mode.
+        image: PIL image of any mode.
         heat: (G, G) in [0, 1].
-        fit: the image processor's: "crop" shows the centre square, which is what the network sees; "squash" the whole.
+        fit: that of the image processor: "crop" shows the centre square, which the network reads; "squash" the whole
+            image.
 
     Returns:
-        PIL.Image.Image: RGB, pixels as in the image.
+        PIL.Image.Image: RGB, of the size of the (cropped) image.
     """
     image = to_rgb(image)
     if fit == "crop":

@@ -14,11 +14,11 @@ HEADER = struct.Struct("<4sHI")  # kind, T, D
 
 
 def encode_state(state, kind="int8"):
-    """The bytes of one state.
+    """Encode the features of one image.
 
     Args:
         state: (T, D) finite numbers.
-        kind: "bf16" (relative error of a number up to 0.4%) or "int8" (error up to 0.4% of its token's largest).
+        kind: "bf16" (relative error up to 0.4%) or "int8" (error up to 0.4% of the token's largest magnitude).
 
     Raises:
         ValueError: for another kind, another shape, or numbers that are not finite.
@@ -27,7 +27,7 @@ def encode_state(state, kind="int8"):
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}.")
     if state.dim() != 2 or not torch.isfinite(state).all():
         raise ValueError(
-            f"The state of one image expected, (T, D) finite numbers; got {tuple(state.shape)}"
+            f"Features of one image expected, (T, D) finite numbers; got {tuple(state.shape)}"
             + ("." if state.dim() != 2 else ", some of them not finite.")
         )
     state = state.detach().float().cpu()
@@ -39,19 +39,19 @@ def encode_state(state, kind="int8"):
 
 
 def decode_state(content):
-    """The state of one image from its bytes: (T, D) float32.
+    """Decode the features of one image: (T, D) float32.
 
     Raises:
-        ValueError: for bytes that `encode_state` did not write, or that were cut.
+        ValueError: if the bytes were not written by `encode_state`, or are truncated.
     """
     kind, num_tokens, width = HEADER.unpack(content[: HEADER.size].ljust(HEADER.size, b"\0"))
     kind, numbers = kind.decode("ascii", "replace"), num_tokens * width
     size = {"bf16": 2 * numbers, "int8": 4 * num_tokens + numbers}.get(kind, -1)
     if len(content) != HEADER.size + size:
         raise ValueError(
-            f"A state as `encode_state` writes it expected; got {len(content)} bytes that begin with {content[:4]!r}."
+            f"Features encoded by `encode_state` expected; got {len(content)} bytes that begin with {content[:4]!r}."
         )
-    body = bytearray(content[HEADER.size :])  # writable, as torch wants it
+    body = bytearray(content[HEADER.size :])  # writable, as torch requires
     if kind == "bf16":
         return torch.frombuffer(body, dtype=torch.bfloat16).view(num_tokens, width).float()
     scale = torch.frombuffer(body, dtype=torch.float32, count=num_tokens)[:, None]

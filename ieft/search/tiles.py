@@ -4,13 +4,13 @@ from ieft.data.images import Scene, Window
 
 
 def cut_windows(width, height, *, tile, overlap):
-    """Windows of `tile` by `tile` that cover a scene, row by row; the last ones are moved back to end at its edge.
+    """Windows of `tile` x `tile` pixels that cover a scene, row by row; the last ones are moved back to the edge.
 
     Args:
-        overlap: the part of a tile that its neighbour shows too, from 0 to below 1.
+        overlap: the fraction of a tile that it shares with the next one, at least 0 and below 1.
 
     Raises:
-        ValueError: for a tile below one pixel, and an overlap that leaves no step.
+        ValueError: if `tile` is below one pixel, or `overlap` is out of range.
     """
     if tile < 1 or not 0 <= overlap < 1:
         raise ValueError(f"tile from 1 pixel and overlap from 0 to below 1 expected; got {tile} and {overlap}.")
