@@ -40,7 +40,7 @@ def main():
 
 
 def train(way, seed, output_dir):
-    """Mean recall on the test scenes, and seconds of the run; what is there already is read."""
+    """Mean recall on the test scenes, and seconds of the run; existing results are reused."""
     folder = output_dir / f"{way}_{seed}"
     done = folder / "seconds.json"
     if not done.exists():

@@ -62,7 +62,7 @@ def write_collection(folder, count, size):
 
 
 def report(seconds, megabytes, args):
-    """The table, then one JSON line."""
+    """Print the table, then one JSON line."""
     print(f"{args.images:,} images of {args.size} x {args.size}, {megabytes:.0f} MB, {args.num_proc} at once\n")
     for name, value in seconds.items():
         print(f"{name:28}{value:8.1f} s")

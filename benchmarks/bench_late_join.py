@@ -46,7 +46,7 @@ from processing_ieft import IeftImageProcessor, IeftProcessor
 TYPICAL_LENGTH = 15  # tokens of a caption
 SHORTLIST = 32
 IMAGES_AT_ONCE = 128
-FEW = 8  # captions that are different
+FEW = 8  # distinct captions
 SMALL_NETWORK = {
     "image_size": 96, "patch_size": 24, "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2,
     "intermediate_size": 128, "enhancement_layers": [1, 2, 3], "enhancement_mlp_ratio": 2, "initializer_range": 0.08,
@@ -57,30 +57,30 @@ RECIPE = {
     "batches": "neighbours", "num_negatives": 7, "groups_per_step": 2, "mining_start": 0.2, "use_cpu": True,
     "report_to": "none", "remove_unused_columns": False, "save_strategy": "no", "logging_steps": 50,
 }  # fmt: skip
-SETTINGS = ("steps", "batch", "queries")  # runs of other settings are other runs
+SETTINGS = ("steps", "batch", "queries")  # runs with other settings are separate runs
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("late_join.jsonl"), help="the file of JSON lines")
+    parser.add_argument("--results", type=Path, default=Path("late_join.jsonl"), help="file of JSON lines")
     commands = parser.add_subparsers(required=True, metavar="speed | recall | table")
-    speed = commands.add_parser("speed", help="pairs a core-second, operations and bytes on full-size dimensions")
+    speed = commands.add_parser("speed", help="pairs per core-second, operations and bytes at full size")
     speed.set_defaults(command=measure_speed)
     speed.add_argument("--joins", type=int, nargs="+", default=list(range(6)))
-    speed.add_argument("--seconds", type=float, default=5.0, help="of a core, at least, for each figure")
+    speed.add_argument("--seconds", type=float, default=5.0, help="minimum CPU time for each measurement")
     recall = commands.add_parser("recall", help="train and rank")
     recall.set_defaults(command=measure_recalls)
     source = recall.add_mutually_exclusive_group()
-    source.add_argument("--data", default="twins", help="a dataset's name, as run_retrieval.py takes it")
+    source.add_argument("--data", default="twins", help="name of a dataset, as for run_retrieval.py")
     source.add_argument("--photographs", metavar="DIR", help="a folder in the distributed format")
     recall.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     recall.add_argument("--joins", type=int, nargs="+", default=list(range(6)))
-    recall.add_argument("--distilled", action="store_true", help="also learn the scores of the join at 0")
+    recall.add_argument("--distilled", action="store_true", help="also distill the scores of fusion layer 0")
     recall.add_argument("--steps", type=int, default=1000)
     recall.add_argument("--batch", type=int, default=32)
     recall.add_argument("--queries", type=int, default=200)
-    recall.add_argument("--models", type=Path, default=Path("late_join_models"), help="where teachers are kept")
-    table = commands.add_parser("table", help="a table of the file, and a plot")
+    recall.add_argument("--models", type=Path, default=Path("late_join_models"), help="folder for the teachers")
+    table = commands.add_parser("table", help="table and plot of the results")
     table.set_defaults(command=make_table)
     table.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -102,7 +102,7 @@ def add_result(path, result):
 
 @torch.no_grad()
 def measure_speed(args):
-    """One line for each join, the joins taking turns."""
+    """Print one line for each fusion layer, alternating between them."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = IeftForImageTextRetrieval(IeftConfig()).eval()
@@ -113,14 +113,14 @@ def measure_speed(args):
         result |= count_operations(model, pixels)
         state = model.read_images(pixels)[0]
         result |= {f"bytes_{kind}": len(encode_state(state, kind)) for kind in KINDS}
-        with ranking._inference(model, None) as network:  # laid out for a CPU, in float32
+        with ranking._inference(model, None) as network:  # oneDNN-prepacked weights, in float32
             add_result(args.results, result | time_pairs(network, state, args.seconds))
 
 
 def count_operations(model, pixels):
-    """Multiplications and additions for a pair whose halves are known, and for each half: in 1e9."""
+    """GFLOP for a pair with cached features, and for encoding each side."""
     implementation = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # counted as the products that it is
+    model.set_attn_implementation("eager")  # so that the products of attention are counted
     tokens = torch.ones(1, TYPICAL_LENGTH, dtype=torch.long)
     halves, counts = {}, {}
     for name, work in (
@@ -136,13 +136,13 @@ def count_operations(model, pixels):
 
 
 def time_pairs(network, state, seconds):
-    """Pairs a core-second whose halves are prepared: an image with many captions, and a caption with many images.
+    """Pairs with cached features per core-second: an image with many captions, and a caption with many images.
 
     Where all tokens of pairs are computed, one way is as the other.
     """
     count = 1024 if network.config.joins_last else ranking.BATCH_TOKENS // (TYPICAL_LENGTH + len(state))
     captions = network.prepare_captions(torch.randint(1000, 30000, (FEW, TYPICAL_LENGTH)))
-    captions = captions.take(torch.arange(count) % FEW)  # reading them is not what is timed
+    captions = captions.take(torch.arange(count) % FEW)  # encoding them is not timed
     rates = {"pairs_per_second": rate(network, captions, network.prepare_images(image_states=state[None]), seconds)}
     if network.config.joins_last:
         images = network.prepare_images(image_states=state.expand(IMAGES_AT_ONCE, -1, -1))
@@ -164,7 +164,7 @@ def rate(network, captions, images, seconds):
 
 
 def measure_recalls(args):
-    """One line for each seed and join that is not in the file."""
+    """Measure each seed and fusion layer that is not yet in the file."""
     name = Path(args.photographs).name if args.photographs else args.data
     splits = load_retrieval_dataset(args.photographs or args.data)
     processor = make_processor(splits)
@@ -197,7 +197,7 @@ def teacher_folder(name, seed, args):
 
 
 def find_teacher(name, seed, args):
-    """The join at 0 of this seed, which must have been measured; None for networks that have no teacher."""
+    """The network with fusion layer 0 of this seed, which must exist; None for networks without a teacher."""
     if not args.distilled:
         return None
     folder = teacher_folder(name, seed, args)
@@ -220,7 +220,7 @@ def train(split, processor, seed, join, args, teacher):
 
 @torch.no_grad()
 def judge(model, split, processor, num_queries):
-    """Mean recalls: alone, by embedding alone, two-stage, and two-stage from states stored in eight bits."""
+    """Mean recalls: exhaustive, by embedding only, two-stage, and two-stage from features cached as int8."""
     test = EvaluationSet.from_split(split, processor)
     first = np.unique(test.caption_image, return_index=True)[1]  # one caption for each image
     captions = [test.caption_tokens[column] for column in first]
@@ -251,7 +251,7 @@ def judge(model, split, processor, num_queries):
 
 
 def rerank(similarity, score):
-    """Scores (Q, N) in which the shortlist of each row comes first, in the order of `score` of (rows, columns)."""
+    """Scores (Q, N) that rank the shortlist of each row first, in the order of `score` of (rows, columns)."""
     columns = np.argsort(-similarity, axis=1, kind="stable")[:, :SHORTLIST]
     rows = np.repeat(np.arange(len(similarity)), columns.shape[1])
     scores = similarity.astype(np.float64) - 1e6
@@ -264,7 +264,7 @@ def score_stored(model, states, captions, pairs):
 
 
 def mean_recall(scores, right):
-    """The mean of recall at 1, 5 and 10 both ways, in percent."""
+    """The mean of recall at 1, 5 and 10 in both directions, in percent."""
     return float(np.mean([expected_hits(each, right[way]).mean() for way, each in scores.items()]) * 100)
 
 
@@ -274,7 +274,7 @@ COLUMNS = ("alone", "two_stage", "two_stage_int8", "embedding")
 
 
 def make_table(args):
-    """The table in Markdown, one for each dataset and one of the speeds; and the plot."""
+    """Print Markdown tables, one for each dataset and one of speeds, and save the plot."""
     results = read_results(args.results)
     speeds = {result["join"]: result for result in results if result["part"] == "speed"}
     print_speeds(speeds)
@@ -303,8 +303,8 @@ def print_speeds(speeds):
 
 def print_recalls(group, results):
     data, steps, batch, queries = group
-    print(f"\n{data}: {steps} steps of {batch} images, {queries} queries each way, mean recall over seeds (spread)\n")
-    print("| first joint block | taught | seeds | alone | two-stage | two-stage, int8 states | embedding alone |")
+    print(f"\n{data}: {steps} steps of {batch} images, {queries} queries per direction, mean recall over seeds\n")
+    print("| fusion layer | distilled | seeds | exhaustive | two-stage | two-stage, int8 features | embedding only |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for distilled, join in sorted({(result["distilled"], result["join"]) for result in results}):
         some = [each for each in results if (each["distilled"], each["join"]) == (distilled, join)]
@@ -313,14 +313,14 @@ def print_recalls(group, results):
 
 
 def summary(values):
-    """Mean and, of several, standard deviation."""
+    """Mean and, for several values, standard deviation."""
     if not values:
         return ""
     return f"{np.mean(values):.1f}" + (f" ({np.std(values, ddof=1):.1f})" if len(values) > 1 else "")
 
 
 def draw(groups, recalls, speeds, path):
-    """Mean recall of two-stage search over pairs a second, a panel for each dataset."""
+    """Plot mean recall of two-stage search over pairs per second, one panel for each dataset."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -337,7 +337,7 @@ def draw(groups, recalls, speeds, path):
                     for join in joins
                 ]
                 rates = [speeds[join]["pairs_per_second"] for join in joins]
-                label = f"{way.replace('_', '-')}{', taught' if distilled else ''}"
+                label = f"{way.replace('_', '-')}{', distilled' if distilled else ''}"
                 panel.plot(rates, values, marker=marker, ls="--" if distilled else "-", label=label)
                 for join, rate, value in zip(joins, rates, values, strict=True) if label == "two-stage" else ():
                     panel.annotate(str(join), (rate, value), textcoords="offset points", xytext=(4, 4))
@@ -346,7 +346,7 @@ def draw(groups, recalls, speeds, path):
             ylabel="mean recall, %",
         )  # fmt: skip
         low, high = panel.get_ylim()
-        panel.set_ylim(low - 5, high + 5)  # so that a tenth of a point does not fill a panel
+        panel.set_ylim(low - 5, high + 5)  # so that small differences do not look large
         panel.legend(loc="lower center")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

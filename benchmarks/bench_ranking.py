@@ -60,7 +60,7 @@ def main():
 
 
 def ways_to_score(model):
-    """Name -> function of images and captions; each adds a saving to the one before."""
+    """Name -> function of images and captions; each adds an optimization to the one before."""
     published = as_published(model)
     sdpa = partial(loop, model, batch=SMALL_BATCH, trimmed=True)
     without_prepacking = patch.object(ranking, "can_prepack", lambda model, dtype: False)
@@ -94,7 +94,7 @@ def loop(model, images, captions, *, batch, trimmed=False, whole=True):
                     input_ids=some.to(model.device),
                     attention_mask=None if trimmed else their_mask.to(model.device),
                     pixel_values=pixels.to(model.device).expand(len(some), -1, -1, -1),  # (B, 3, H, W)
-                    output_hidden_states=whole,  # which asks for all tokens of the last block
+                    output_hidden_states=whole,  # this computes all tokens of the last block
                 )
                 scores[image, rows] = output.logits[:, 0].cpu()
     return scores
@@ -108,17 +108,17 @@ def score(model, images, captions, *, dtype=None, setting=None):
 
 @torch.no_grad()
 def gflop_of_a_pair(model):
-    """Multiplications and additions of the engine for one pair whose halves are prepared, in 1e9."""
+    """GFLOP of the engine for one pair with cached features."""
     images = model.prepare_images(torch.zeros(1, *model.vilt.embeddings.patch_embeddings.expected).to(model.device))
     captions = model.prepare_captions(torch.ones(1, TYPICAL_LENGTH, dtype=torch.long, device=model.device))
-    written_out = as_published(model)  # whose attention is counted as the products that it is
+    written_out = as_published(model)  # so that the products of attention are counted
     with FlopCounterMode(display=False) as counter:
         written_out.score_prepared(captions, images)
     return counter.get_total_flops() / 1e9
 
 
 def matrix_product_peaks(dtype, device, repeats=5):
-    """The fastest of several large matrix products, in GFLOP/s: torch's own, and with a matrix laid out beforehand.
+    """The fastest of several large matrix products, in GFLOP/s: by torch, and with oneDNN-prepacked weights.
 
     They are the work of two libraries (MKL and oneDNN), of which on some CPUs the first is far from what is possible.
     """
@@ -137,7 +137,7 @@ def matrix_product_peaks(dtype, device, repeats=5):
 
 
 def report(scores, seconds, gflop, peaks, device):
-    """The table, then one JSON line. `gflop` is what the engine computed."""
+    """Print the table, then one JSON line. `gflop` is the work of the engine."""
     (published, *_, exact, half), pairs = scores.values(), next(iter(scores.values())).size
     num_images, num_captions = published.shape
     print(

@@ -30,7 +30,7 @@ from ieft.search.index import METADATA, ImageIndex
 
 CENTRES, SPREAD = 2000, 0.7
 ROWS_AT_ONCE = 50_000
-FILES = 64  # scenes that the rows take turns in naming
+FILES = 64  # scenes, each shared by many rows
 SHORTLIST = 32
 FILTER = "width < 100"  # holds for a tenth of the rows
 
@@ -85,7 +85,7 @@ def add_vectors(index, files, count):
 
 
 def measure(index, count):
-    """Milliseconds of each query by way of searching, and which part of the ten nearest is on the shortlists."""
+    """Milliseconds of each query for each kind of search, and the recall of the ten nearest by the shortlists."""
     queries = draw_vectors(count, index.model.config.contrastive_dim, 0)
     captions = [draw_scene(1, number).captions[0] for number in range(count)]
     milliseconds, recalls = {}, {}
@@ -135,7 +135,7 @@ def report(measured, seconds, megabytes, args):
         print(f"{name:34}{median:>8.1f}{slowest:>8.1f}")
     print("\n" + "\n".join(f"{name}: {recall:.3f}" for name, recall in recalls.items()))
     saved = args.vectors // SHORTLIST
-    print(f"pairs the network reads for a sentence: {SHORTLIST}, of {args.vectors:,}: {saved:,} times fewer")
+    print(f"pairs scored for a sentence: {SHORTLIST}, of {args.vectors:,}: {saved:,} times fewer")
     recalls = {name: float(recall) for name, recall in recalls.items()}
     line = {
         "benchmark": "search",

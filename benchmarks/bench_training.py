@@ -45,7 +45,7 @@ def main():
     config = IeftConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model = IeftForImageTextRetrieval(config).to(device).train()
     batch = draw_batch(args.images, config, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # so that every step meets the same weights
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # so that every step has the same weights
     with TemporaryDirectory() as folder:
         options = {"use_cpu": device == "cpu", "disable_tqdm": True, "remove_unused_columns": False}
         trainer = IeftTrainer(model, IeftTrainingArguments(folder, **options))
@@ -60,7 +60,7 @@ def main():
 
 
 def draw_batch(num_images, config, device):
-    """What `TrainingItems.collate` gives: each image's own caption and its negatives, each caption once."""
+    """A batch as from `TrainingItems.collate`: each image's own caption and its negatives, each caption once."""
     num_captions = num_images * (1 + NUM_NEGATIVES)
     captions = draw_captions(num_captions, config.vocab_size)
     ids, mask = pad(captions, max(map(len, captions)))
@@ -90,7 +90,7 @@ def published_loss(model):
 
 
 def step(loss_of, model, batch, optimizer):
-    """One step; its loss."""
+    """Take one step and return its loss."""
     loss = loss_of(model, batch)
     loss.backward()
     optimizer.step()
@@ -118,7 +118,7 @@ def seconds_to_prepare(count=32):
 
 
 def report(seconds, losses, num_images, preparing, device):
-    """The table, then one JSON line."""
+    """Print the table, then one JSON line."""
     published, ours = seconds.values()
     difference = abs(float(np.diff(list(losses.values()))[0]))
     print(

@@ -56,7 +56,7 @@ def main():
 
 
 def draw_test_scenes(count):
-    """Scenes of families behind those of all splits, one sentence each."""
+    """Scenes of families beyond those of all splits, one sentence each."""
     first = sum(SPLITS.values())
     scenes = [draw_twin(SCENES_SEED, first + number) for number in range(count)]
     features = datasets.Features({"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
@@ -65,7 +65,7 @@ def draw_test_scenes(count):
 
 
 def judge_seed(seed, test, args):
-    """Train, rank both ways, keep the result; a result that is kept already is read."""
+    """Train, rank exhaustively and in two stages, and save the result; an existing result is reused."""
     folder = args.output_dir / f"seed_{seed}"
     result = folder / f"judged_{args.images}_{args.rerank_top_k}.json"
     if not result.exists():
@@ -87,7 +87,7 @@ def train(folder, seed, recipe):
 
 
 def judge(folder, test, top_k):
-    """Two stages and the exhaustive matrix of a checkpoint: what `two_stage_table` shows."""
+    """Two-stage and exhaustive results of a checkpoint, as input of `two_stage_table`."""
     model, processor = (kind.from_pretrained(folder) for kind in (IeftForImageTextRetrieval, IeftProcessor))
     validation = EvaluationSet.from_split(load_retrieval_dataset("twins")["validation"], processor)
     weight = choose_similarity_weight(make_shortlists(model, validation, top_k), validation)
@@ -101,7 +101,7 @@ def judge(folder, test, top_k):
 
 
 def report(judged, args):
-    """Means over the seeds, then one JSON line."""
+    """Print means over the seeds, then one JSON line."""
     means = {way: float(np.mean([each[way]["mean_recall"] for each in judged])) for way in WAYS}
     print(f"mean recall, {args.images:,} test scenes, mean of {len(judged)} seeds (lowest to highest)\n")
     for way, mean in means.items():

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.functional import conv2d, gelu
 
 PADDED_LENGTH = 40  # of every caption
-# RSICD's test split: 3,619 captions, those repeated on one image left out, of which 3,331 are distinct.
+# RSICD's test split: 3,619 captions without repeats on one image, of which 3,331 are distinct.
 CAPTIONS, DISTINCT_CAPTIONS = 3619, 3331
-# Tokens of a distinct caption -> captions: words and punctuation marks, [CLS] and [SEP] included.
+# Tokens per distinct caption -> number of captions; words and punctuation marks, with [CLS] and [SEP].
 LENGTHS = {
     8: 3, 9: 27, 10: 236, 11: 361, 12: 419, 13: 382, 14: 357, 15: 329, 16: 297, 17: 233, 18: 171, 19: 150, 20: 111,
     21: 83, 22: 45, 23: 33, 24: 19, 25: 23, 26: 19, 27: 11, 28: 9, 29: 4, 30: 4, 31: 2, 32: 1, 34: 1, 35: 1,
@@ -33,7 +33,7 @@ def as_published(model):
 
 
 class PublishedGatedConvolution(nn.Module):
-    """`layers_ieft.IeftGatedConvolution` with its linear maps as convolutions."""
+    """`layers_ieft.IeftGatedConvolution` with convolutions instead of linear layers."""
 
     def __init__(self, linear):
         super().__init__()
@@ -49,7 +49,7 @@ class PublishedGatedConvolution(nn.Module):
 
 
 def draw_captions(count, vocab_size):
-    """`count` lists of token ids, of RSICD's lengths and with its share of repeats, in random order."""
+    """`count` lists of token ids, with the lengths and share of repeats of RSICD, in random order."""
     draw = np.random.default_rng(0)
     of_rsicd = np.repeat(list(LENGTHS), list(LENGTHS.values()))  # rising
     num_distinct = round(count * DISTINCT_CAPTIONS / CAPTIONS)

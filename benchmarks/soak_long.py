@@ -52,7 +52,7 @@ def main():
 
 
 def measure(folder, steps, *, every):
-    """Train, and sample: a list of dicts with `COLUMNS`."""
+    """Train and take samples: a list of dicts with `COLUMNS`."""
     trainer = make_trainer(folder, steps, every)
     sampler = Sampler(Path(folder))
     trainer.add_callback(sampler)
@@ -61,7 +61,7 @@ def measure(folder, steps, *, every):
 
 
 def summarise(samples):
-    """Growth from the first quarter of the way on, when everything that is kept has been loaded; and the most."""
+    """Growth after the first quarter of the run, when all lasting data has been loaded, and the maximum."""
     later = [sample for sample in samples if sample["step"] > samples[-1]["step"] / 4]
     steps, megabytes = ([sample[name] for sample in later] for name in ("step", "megabytes"))
     per_thousand = float(np.polyfit(steps, megabytes, 1)[0]) * 1000
@@ -71,7 +71,7 @@ def summarise(samples):
 
 
 class Sampler(TrainerCallback):
-    """Takes figures whenever a checkpoint has been saved."""
+    """Takes a sample whenever a checkpoint has been saved."""
 
     def __init__(self, folder):
         self.folder = folder

@@ -60,7 +60,7 @@ def main():
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     PROCESSES.set_forkserver_preload(["run_retrieval"])
-    warm_up = PROCESSES.Process(target=platform.python_version)  # so that importing is not counted as running
+    warm_up = PROCESSES.Process(target=platform.python_version)  # so that imports are not counted
     warm_up.start()
     warm_up.join()
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +68,7 @@ def main():
         save_start(folder / "start")
         moments, ends = soak(folder, args.kills, args.settings, random.Random(args.seed))
     kinds = Counter(moment.split(",")[0] for _, moment in moments)
-    print(f"\n{len(moments)} kills, {ends} runs came to their end, each in the same bits as a run that was not killed")
+    print(f"\n{len(moments)} kills, {ends} runs finished, each with the same bits as an uninterrupted run")
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -80,7 +80,7 @@ def main():
 
 
 def save_start(folder):
-    """A small network with dropout, to begin every run with."""
+    """A small network with dropout, from which every run starts."""
     splits = load_retrieval_dataset("scenes")
     tokenizer = learn_tokenizer(caption for of_image in splits["train"]["captions"] for caption in of_image)
     config = IeftConfig(
@@ -94,7 +94,7 @@ def save_start(folder):
 
 
 def soak(folder, kills, settings, moments_of):
-    """Live, kill, live again, until every run has come to its end: where the kills fell, and how many ends."""
+    """Start, kill and resume until every run has finished: the moments of the kills, and the number of runs."""
     unharmed = {}
     moments, ends = [], 0
     for number, name in enumerate(cycle(settings)):
@@ -123,7 +123,7 @@ def live_to_the_end(folder, run, name):
 
 
 def live(folder, run, name, seconds):
-    """One process of the command, killed after some seconds: whether it had ended well before."""
+    """Run the command in a process and kill it after some seconds: whether it had finished before."""
     arguments = [*COMMON, *SETTINGS[name], "--model_name_or_path", str(folder / "start"), "--output_dir", str(run)]
     process = PROCESSES.Process(target=run_command, args=(arguments, str(run.with_suffix(".txt"))))
     process.start()
@@ -142,7 +142,7 @@ def run_command(arguments, output):
 
 
 def describe_moment(run):
-    """What the folder of a killed run shows of where it was."""
+    """The progress of a killed run, from its folder."""
     last = Path(find_last_checkpoint(run)[0] or "none").name
     if (run / "test_results.json").exists():
         return f"reporting, last checkpoint {last}"
@@ -155,7 +155,7 @@ def describe_moment(run):
 
 
 def fingerprint(run):
-    """Hashes of what a run ends in: its files, and its last checkpoint's weights and optimizer."""
+    """Hashes of the result of a run: its files, and the weights and optimizer of its last checkpoint."""
     last = Path(find_last_checkpoint(run)[0])
     paths = [*(run / name for name in COMPARED), last / "model.safetensors", last / "optimizer.pt"]
     return [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths]

@@ -23,9 +23,9 @@ from pathlib import Path
 import atheris
 
 ROOT = Path(__file__).resolve().parent.parent
-ADDRESS_SPACE = 24 * 2**30  # torch reserves much and uses little; what is really used is held by RSS_MB
+ADDRESS_SPACE = 24 * 2**30  # torch reserves much more than it uses; RSS_MB limits what it uses
 RSS_MB = 3072
-SECONDS_EACH = 20  # for one input
+SECONDS_EACH = 20  # per input
 FILE_BYTES = 2**30
 MAX_LEN = 65536
 INSTRUMENTED = [
@@ -36,9 +36,9 @@ INSTRUMENTED = [
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=60, help="for each target")
-    parser.add_argument("--targets", nargs="+", help="names of functions in targets.py; all")
-    parser.add_argument("--findings", default="findings", help="a folder for the inputs that broke something")
+    parser.add_argument("--seconds", type=int, default=60, help="time for each target")
+    parser.add_argument("--targets", nargs="+", help="names of functions in targets.py (default: all)")
+    parser.add_argument("--findings", default="findings", help="folder for the inputs of findings")
     args = parser.parse_args()
     targets = load_targets()
     results = {}
@@ -52,10 +52,10 @@ def main():
 
 
 def load_targets():
-    """Name -> target and its seeds, with the modules that they go through instrumented."""
+    """Name -> target and its seeds, with instrumented modules."""
     sys.path[:0] = [str(ROOT), str(ROOT / "fuzz")]
     for module in ("tarfile", "zipfile"):
-        sys.modules.pop(module, None)  # imported already, and not instrumented then
+        sys.modules.pop(module, None)  # imported without instrumentation
     warnings.filterwarnings("ignore", message="lancedb fork support")  # it is first used after the fork
     with atheris.instrument_imports(include=INSTRUMENTED):
         from targets import TARGETS
@@ -63,7 +63,7 @@ def load_targets():
 
 
 def fuzz(name, target, seeds, seconds, findings):
-    """Run one target in a process of its own: executions, edges covered, and the files that broke it.
+    """Run one target in a process of its own: executions, edges covered, and files of findings.
 
     Raises:
         RuntimeError: where it did not begin.
@@ -94,7 +94,7 @@ def fuzz(name, target, seeds, seconds, findings):
 
 
 def run_target(target, log, arguments):
-    """The child: limits, then the fuzzer; does not return."""
+    """Run in the child: set limits and start the fuzzer; does not return."""
     from PIL import Image
     from targets import call
 
@@ -105,11 +105,11 @@ def run_target(target, log, arguments):
     os.dup2(said, 2)
     warnings.simplefilter("ignore")
     logging.disable()
-    Image.MAX_IMAGE_PIXELS = 2**20  # as in use, but so small that an input takes milliseconds
+    Image.MAX_IMAGE_PIXELS = 2**20  # lower than in use, so that an input takes milliseconds
     try:
         atheris.Setup([__file__, *arguments], lambda data: call(target, data))
         atheris.Fuzz()
-    finally:  # a finding comes out as an exception; the parent's folders are not for the child to remove
+    finally:  # a finding is an exception; the child must not remove the parent's folders
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)

@@ -38,9 +38,9 @@ TINY = {
     "vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48,
     "image_size": 32, "patch_size": 8, "enhancement_layers": [0, 2], "contrastive_dim": 8,
 }  # fmt: skip
-IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a folder that costs no disk
+IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a folder in memory
 LIMITS = Limits(members=1000, file_bytes=2**20, total_bytes=2**22)
-SMALL_NETWORK = 10**6  # parameters; larger ones are not built here
+SMALL_NETWORK = 10**6  # parameters; larger networks are not built
 TEXTS = ("dataset.json", "captions_train2017.json", "rows.json", "rows.csv", "rows.tsv", "rows.jsonl")
 TABLES = ("rows.parquet", "rows.arrow")
 ARCHIVES = ("a.zip", "a.tar", "a.tar.gz", "a.tar.bz2", "a.tar.xz")
@@ -48,16 +48,16 @@ CHECKPOINTS = ("a.ckpt", "a.safetensors")
 
 
 def is_documented(error):
-    """Whether an error is of the kinds that the commands catch, and says something of its own."""
-    bare = isinstance(error, UnicodeError | json.JSONDecodeError)  # ValueErrors, but from deep inside
+    """Whether an error is of a kind that the commands catch, and has a message of ours."""
+    bare = isinstance(error, UnicodeError | json.JSONDecodeError)  # ValueErrors, but raised inside a library
     return isinstance(error, ValueError | OSError) and not bare and bool(str(error))
 
 
 def call(target, data):
-    """Run a target in an empty folder of its own; documented errors end there.
+    """Run a target in an empty folder, ignoring documented errors.
 
     Raises:
-        AssertionError: where anything was written beside the folder.
+        AssertionError: if anything was written outside the folder.
     """
     with tempfile.TemporaryDirectory(dir=IN_MEMORY) as parent:
         folder = Path(parent) / "inside"
@@ -71,7 +71,7 @@ def call(target, data):
 
 
 def _named(folder, data, names):
-    """The bytes behind the first one, in a file whose name that one chooses."""
+    """Write all but the first byte to a file; the first byte selects its name."""
     path = folder / names[data[0] % len(names)] if data else folder / names[0]
     path.write_bytes(data[1:])
     return path
@@ -183,12 +183,12 @@ def _processor():
 
 
 def remove_kept():
-    """Delete what the targets keep between calls."""
+    """Delete what the targets cache between calls."""
     shutil.rmtree(_kept.pop("folder", None) or "", ignore_errors=True)
     _kept.clear()
 
 
-# Whole inputs to begin with ------------------------------------------------------------------------------------------
+# Seed corpus of valid inputs ----------------------------------------------------------------------------------------
 
 
 def _seed_annotations():
@@ -272,7 +272,7 @@ def _seed_processors():
 
 
 def tiny_published():
-    """Tensors in the published layout, in the sizes of `TINY` with two blocks and no stage."""
+    """Tensors in the published layout, of the sizes of `TINY`, with two blocks and no enhancement stage."""
     block = {
         "norm1.weight": [24], "norm1.bias": [24], "attn.qkv.weight": [72, 24], "attn.qkv.bias": [72],
         "attn.proj.weight": [24, 24], "attn.proj.bias": [24], "norm2.weight": [24], "norm2.bias": [24],
