@@ -113,9 +113,6 @@ DECIDES_EVALUATION = (
 NEEDED_STAGES = {
     "teacher": ("do_train",),
     "enhancement_layers": ("do_train",),
-    "max_train_samples": ("do_train",),
-    "max_eval_samples": ("do_train", "do_eval"),
-    "max_predict_samples": ("do_predict",),
     "rerank_top_k": ("do_predict",),
     "eval_datasets": ("do_predict",),
     "network": ("do_train",),

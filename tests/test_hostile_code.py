@@ -447,6 +447,7 @@ def test_settings_are_read_as_the_command_line_is(tmp_path):
         "learning_rate": 3e-5,
         "seed": 7,
         "do_train": True,
+        "do_predict": True,
         "bf16": False,
         "fit": None,
         "eval_datasets": ["a=B", "c"],
