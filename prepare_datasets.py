@@ -64,41 +64,41 @@ BENCHMARKS = {
 
 
 def load_retrieval_dataset(name_or_path, data_dir=None, **options):
-    """The splits of a collection.
+    """Load the splits of a collection.
 
     Args:
         name_or_path: scenes, twins, rsicd, rsitmd, ucm, sydney, nwpu; a folder, file or archive; or a dataset on
             the Hub.
-        data_dir: the distributed folder, zip or tar of a named dataset; for a folder or file of annotations, the
-            folder that the names of its images start from.
-        options: as `load_and_check`.
+        data_dir: folder, zip or tar of a named dataset, as distributed; for a folder or file of annotations, the
+            folder that image names are relative to.
+        options: as in `load_and_check`.
 
     Returns:
         DatasetDict: `train`, `validation`, `test` with `image`, `filename`, `captions` (a list of sentences).
 
     Raises:
-        ValueError: for an unknown name, a missing folder, or a file of another shape.
-        BadRowsError: for rows whose image or captions cannot be used.
+        ValueError: for an unknown name, a missing folder, or a malformed file.
+        BadRowsError: for invalid examples.
     """
     return load_and_check(name_or_path, data_dir, **options)[0]
 
 
 def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_column=None, seed=0, on_bad_rows="stop",
                    bands=None, num_proc=None, scenes_seed=SCENES_SEED, cache_dir=None, streaming=False):  # fmt: skip
-    """The splits as `load_retrieval_dataset`, and what was left out.
+    """Load the splits as `load_retrieval_dataset`, together with the invalid examples.
 
     Args:
-        image_column: where tables and Hub datasets hold images; None takes the first of the usual names.
+        image_column: image column of tables and Hub datasets; None takes the first of the usual names.
         caption_column: the same for captions: one string, a list, or the columns caption_1, caption_2...
-        seed: draws the validation and test splits where none is distributed.
-        on_bad_rows: "stop" raises before anything is prepared; "skip" leaves such rows out and says so.
-        bands: for images of several bands, the numbers from 1 of those that become red, green and blue, such as
-            "3,2,1" or (3, 2, 1), or of one that becomes grey.
-        num_proc: images read at once; None is one for each CPU core.
-        scenes_seed: which synthetic scenes are drawn.
-        cache_dir: where prepared splits are kept; None is the `datasets` library's own place.
-        streaming: an `IterableDatasetDict` that keeps nothing on disk and checks each image as it passes. A Hub
-            dataset's captions are checked then too, and splits that it lacks are not set aside.
+        seed: for drawing validation and test splits that are not distributed.
+        on_bad_rows: "stop" raises before anything is prepared; "skip" skips invalid examples with a warning.
+        bands: for images of several bands, the numbers, from 1, of those to use as red, green and blue, such as
+            "3,2,1" or (3, 2, 1), or of a single grey band.
+        num_proc: images read in parallel; None: one per CPU core.
+        scenes_seed: selects the synthetic scenes.
+        cache_dir: cache of prepared splits; None: the cache of the `datasets` library.
+        streaming: return an `IterableDatasetDict` that stores nothing on disk and checks each image when it is read.
+            For a Hub dataset, captions are checked then too, and missing splits are not set aside.
 
     Returns:
         DatasetDict, and a list of `BadRow`.
@@ -125,24 +125,24 @@ def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_co
         builder.rows, builder.bands = rows, bands
     builder.download_and_prepare()
     splits = builder.as_dataset()
-    if streaming:  # scenes: small, and drawn in seconds
+    if streaming:  # scenes are small and drawn in seconds
         splits = datasets.IterableDatasetDict({name: split.to_iterable_dataset() for name, split in splits.items()})
     return splits, bad
 
 
 def load_lazily(name_or_path, data_dir=None, *, image_column=None, caption_column=None, seed=0, on_bad_rows="stop",
                 bands=None, num_proc=None, cache_dir=None):  # fmt: skip
-    """As `load_and_check`, for training on what is larger than the disk: a dict of `LazyRows`, and the bad rows.
+    """As `load_and_check`, for collections larger than the disk: a dict of `LazyRows`, and invalid examples.
 
-    Every image is read once to check it, and again whenever it is used; none is copied. Images by URL are fetched, and
-    those inside tars, arrow and parquet files are held in memory.
+    Every image is read once for validation and again whenever it is used; none is copied. Images by URL are
+    downloaded, and those inside tar, arrow and parquet files are held in memory.
 
     Raises:
-        ValueError: for a dataset on the Hub, which cannot be read in any order.
+        ValueError: for a dataset on the Hub, which has no random access.
     """
     if data_dir is None and is_hub_id(name_or_path):
         raise ValueError(
-            f"Training draws images in any order, and {name_or_path} on the Hub streams in one. Download it "
+            f"Training needs random access to images, but {name_or_path} on the Hub is a stream. Download it "
             "(hf download --repo-type dataset), or leave out --streaming."
         )
     if name_or_path in SYNTHETIC:
@@ -160,7 +160,7 @@ def load_lazily(name_or_path, data_dir=None, *, image_column=None, caption_colum
 
 
 def find_source(name_or_path, data_dir, columns, kept):
-    """The name of a collection and its rows, or an error that says what to do."""
+    """The name of a collection and its rows, or an error with a remedy."""
     if name_or_path in BENCHMARKS and data_dir is None:
         raise ValueError(
             f"{name_or_path} has to be downloaded first, from {BENCHMARKS[name_or_path][0]}. Pass the folder, zip or "
@@ -171,7 +171,7 @@ def find_source(name_or_path, data_dir, columns, kept):
         path, root = Path(name_or_path), Path(os.path.abspath(data_dir))
         if not root.is_dir():
             raise ValueError(f"--data_dir {data_dir}: the folder of the images of {name_or_path} expected.")
-    path = Path(os.path.abspath(path))  # links keep their own names, by which files are judged
+    path = Path(os.path.abspath(path))  # links keep their own names, which determine the file type
     name = name_or_path if name_or_path in BENCHMARKS else Path(os.path.abspath(name_or_path)).name
     if path.is_file() and is_archive(path):
         if _is_webdataset(path):
@@ -204,12 +204,12 @@ def keep_inside(source, folders, origin):
 
 
 def is_hub_id(name_or_path):
-    """Whether this is user/name, and no path that exists."""
+    """Whether this is a Hub id (user/name) and not an existing path."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path))) and not Path(name_or_path).exists()
 
 
 def _is_webdataset(path):
-    """Whether a tar holds, beside some image, captions of the same name."""
+    """Whether a tar has captions of the same name beside some image."""
     if not path.name.lower().endswith(".tar"):
         return False
     names = {name.lower() for name, _, _ in tar_members(path)}
@@ -225,12 +225,12 @@ def _first_dot(name):
 
 
 def unpack(archive, kept):
-    """The folder of an archive, unpacked once; where all of it is in one folder, that folder, however deep."""
+    """The folder to which an archive was extracted, once; if it has just one folder, the innermost such folder."""
     state = archive.stat()
     key = hashlib.sha256(f"{archive} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:32]
     folder = kept / "extracted" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # another process may be unpacking it
+    with FileLock(f"{folder}.lock"):  # another process may be extracting it
         if not folder.is_dir():
             logger.warning("%d files unpacked from %s.", extract(archive, folder), archive)
     while True:
@@ -241,7 +241,7 @@ def unpack(archive, kept):
 
 
 def read_hub_dataset(name, columns, kept):
-    """All splits of a dataset on the Hub, or of a local parquet folder by the same way."""
+    """All splits of a dataset on the Hub, or of a local parquet folder."""
     splits = load_from_hub(name, cache_dir=str(kept / "hub"))
     table = TableRows(columns)
     for split, data in splits.items():
@@ -259,9 +259,9 @@ def read_hub_dataset(name, columns, kept):
 
 
 def check_rows(name, source, on_bad_rows, kept, num_proc, *, seed, bands=None, decode=True):
-    """The usable rows of a source in their splits, and all faults; without `decode`, images are looked for only.
+    """The valid rows of a source in their splits, and all faults; without `decode`, images are only searched for.
 
-    Faults that a published benchmark of this name is known to have are left out, and stop nothing.
+    Known faults of a published benchmark of this name are skipped and do not raise an error.
 
     Raises:
         BadRowsError: with `on_bad_rows` "stop", where there are faults; or where no row is left.
@@ -276,7 +276,7 @@ def check_rows(name, source, on_bad_rows, kept, num_proc, *, seed, bands=None, d
         raise BadRowsError(others, source.annotations)
     if known:
         logger.warning(
-            "%s: %d captions are left out that are known to be faulty as published (%s, of %s).", name, len(known),
+            "%s: %d captions that are known to be faulty as published are skipped (%s, of %s).", name, len(known),
             known[0].reason.split(":")[0], ", ".join(sorted({each.filename for each in known})),
         )  # fmt: skip
     if others:
@@ -290,14 +290,14 @@ def check_rows(name, source, on_bad_rows, kept, num_proc, *, seed, bands=None, d
 
 
 def missing_images(rows, kept, num_proc):
-    """Row number -> why there is no image file; the files of URLs are fetched."""
+    """Row number -> why there is no image file; URLs are downloaded."""
     not_fetched = fetch_urls(rows, kept, num_proc)
     missing = {number: row.get("missing", MISSING) for number, row in enumerate(rows) if row["image"] is None}
     return missing | not_fetched
 
 
 def fetch_urls(rows, kept, num_proc):
-    """Put a file in the place of each URL; row number -> reason of those that cannot be had."""
+    """Replace each URL by a downloaded file; row number -> reason for those that failed."""
     remote = [(number, row) for number, row in enumerate(rows) if isinstance(row["image"], str)]
     urls = list(dict.fromkeys(row["image"] for _, row in remote))
     fetched = _parallel(lambda url: download(url, kept / "downloads"), urls, num_proc, "downloading")
@@ -311,7 +311,7 @@ def fetch_urls(rows, kept, num_proc):
 
 
 def image_faults(rows, kept, num_proc, *, bands=None):
-    """Row number -> why its image cannot be used. Every image is decoded once; later calls read what was found."""
+    """Row number -> why its image cannot be used. Every image is decoded once; later calls use cached results."""
     present = [number for number, row in enumerate(rows) if row["image"] is not None]
     states = [_state(rows[number]["image"]) for number in present]
     how = [bands, find_spec("rasterio") is not None, states]
@@ -338,7 +338,7 @@ def image_fault(image, *, bands=None):
 
 
 def _parallel(work, items, num_proc, what):
-    """Results in order. Threads: decoding and downloading leave the interpreter to the others."""
+    """Map with threads, in order: decoding and downloading release the GIL."""
     if not items:
         return []
     with ThreadPoolExecutor(num_proc or os.cpu_count()) as pool:
@@ -354,7 +354,7 @@ def _state(image):
 
 
 def fingerprint(rows, bands=None):
-    """A hash of the annotations, the splits and the images, files by size and time: an edit is a new dataset."""
+    """A hash of annotations, splits and images (files by size and time), so that any edit gives a new dataset."""
     digest = hashlib.sha256(repr(bands).encode() if bands else b"")
     for row in rows:
         digest.update(json.dumps([row["filename"], row["split"], row["captions"], _state(row["image"])]).encode())
@@ -362,7 +362,7 @@ def fingerprint(rows, bands=None):
 
 
 def warn_of_shared_images(rows, groups):
-    """Say which files are in several splits under different names: a test split with them flatters a model."""
+    """Warn of files that are in several splits under different names: they leak training images into the test."""
     members = defaultdict(list)
     for row, group in zip(rows, groups, strict=True):
         members[group].append(row)
@@ -377,10 +377,10 @@ def warn_of_shared_images(rows, groups):
 
 
 def carve_missing_splits(rows, distributed, seed, groups):
-    """Move a seeded tenth of the training rows to each of test and validation that is not distributed, and say so.
+    """Move a seeded tenth of the training rows to each missing test or validation split, with a warning.
 
-    Rows of the same image (`groups`, a number for each row) stay together. A split that is distributed, and of which
-    no row can be used, is not replaced.
+    Rows of the same image (`groups`, a number for each row) stay together. A split that is distributed but has
+    no valid row is not replaced.
     """
     total = sum(row["split"] == "train" for row in rows)
     for name in sorted(distributed - {row["split"] for row in rows}):
@@ -407,7 +407,7 @@ def carve_missing_splits(rows, distributed, seed, groups):
 
 
 def published_counts(name, splits):
-    """What differs from the published counts of a named benchmark; nothing for other names."""
+    """Differences from the published counts of a named benchmark; empty for other names."""
     if name not in BENCHMARKS:
         return []
     found = (
@@ -426,13 +426,13 @@ def published_counts(name, splits):
 
 
 def save_parquet(splits, folder, *, title, bad_rows=()):
-    """Parquet shards with the images' bytes, and a dataset card: what `datasets.load_dataset(folder)` reads.
+    """Save parquet shards with the images' bytes, and a dataset card, for `datasets.load_dataset(folder)`.
 
     Returns:
-        bool: whether anything had to be written; False where the folder holds these very splits.
+        bool: whether anything was written; False if the folder already holds exactly these splits.
 
     Raises:
-        ValueError: where the folder holds what this function did not write.
+        ValueError: if the folder holds files that this function did not write.
     """
     output = PreparedFolder(folder, title)
     output.check()
@@ -441,23 +441,23 @@ def save_parquet(splits, folder, *, title, bad_rows=()):
 
 
 def main(arguments=None):
-    """Read, check, write, push; 0, or 1 with the reason on the screen."""
+    """Read, check, write and push; returns 0, or 1 after printing the reason."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name_or_path", help="scenes, twins, a benchmark, a folder, file or archive, or user/name")
-    parser.add_argument("--data_dir", help="the distributed folder, zip or tar of a named benchmark; for a file of "
-                        "annotations, the folder that the names of its images start from")  # fmt: skip
-    parser.add_argument("--output_dir", required=True, help="parquet shards, dataset card and bad_rows.json go here")
+    parser.add_argument("--data_dir", help="folder, zip or tar of a named benchmark, as distributed; for a file of "
+                        "annotations, the folder that image names are relative to")  # fmt: skip
+    parser.add_argument("--output_dir", required=True, help="for parquet shards, dataset card and bad_rows.json")
     parser.add_argument("--overwrite", action="store_true", help="replace what --output_dir, and the repository of "
                         "--push_to_hub, hold of a dataset: shards, card, bad_rows.json, report")  # fmt: skip
-    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="also push them there")
-    parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
+    parser.add_argument("--push_to_hub", metavar="USER/NAME", help="also push the dataset to this repository")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--image_column")
     parser.add_argument("--caption_column")
-    parser.add_argument("--report", action="store_true", help="first write one page about it: report.txt, report.png")
-    parser.add_argument("--bands", help="bands of images that become red, green and blue, from 1, such as 3,2,1")
+    parser.add_argument("--report", action="store_true", help="first write report.txt, report.json and report.png")
+    parser.add_argument("--bands", help="bands to use as red, green and blue, from 1, such as 3,2,1")
     parser.add_argument("--on_bad_rows", default="stop", choices=ON_BAD_ROWS)
-    parser.add_argument("--seed", type=int, default=0, help="draws the splits that are not distributed")
-    parser.add_argument("--num_proc", type=int, help="images read at once; all CPU cores")
+    parser.add_argument("--seed", type=int, default=0, help="for drawing splits that are not distributed")
+    parser.add_argument("--num_proc", type=int, help="images read in parallel (default: all CPU cores)")
     parser.add_argument("--cache_dir")
     args = vars(parser.parse_args(arguments))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -471,7 +471,7 @@ def main(arguments=None):
 
 def report_collection(name_or_path, data_dir, output, *, title, image_column=None, caption_column=None, bands=None,
                       num_proc=None, cache_dir=None, **_):  # fmt: skip
-    """A page about a collection as it is distributed, bad rows and all: the text, and files in the output folder."""
+    """Report on a collection as distributed, with its invalid examples: return the text, and save the files."""
     kept = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ieft"
     bands = parse_bands(bands) if isinstance(bands, str) else bands
     if name_or_path in SYNTHETIC:
@@ -492,7 +492,7 @@ def report_collection(name_or_path, data_dir, output, *, title, image_column=Non
 
 def prepare(name_or_path, data_dir, *, output_dir, push_to_hub=None, private=None, report=False, overwrite=False,
             **options):  # fmt: skip
-    """What the command does; arguments as its options. Nothing is read or written where something would be lost."""
+    """Run the command; arguments as its options. Nothing is read or written if something would be lost."""
     place = data_dir or name_or_path
     source = [name_or_path, os.path.abspath(place) if Path(place).exists() else place]
     told = {name: value for name, value in options.items() if name not in ("num_proc", "cache_dir")}
@@ -508,7 +508,7 @@ def prepare(name_or_path, data_dir, *, output_dir, push_to_hub=None, private=Non
     try:
         splits, bad_rows = load_and_check(name_or_path, data_dir, **options)
     except BadRowsError as error:
-        if output.is_complete():  # what was prepared before stays as it is
+        if output.is_complete():  # an earlier dataset is kept
             raise
         output.start(overwrite=overwrite)
         output.write("bad_rows.json", bad_rows_text(error.bad_rows))

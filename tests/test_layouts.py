@@ -253,7 +253,7 @@ def test_known_faults_of_published_benchmarks_are_left_out_and_all_others_stop(t
     (tmp_path / "dataset_rsicd.json").write_text(json.dumps(content))
     splits, bad = load_and_check("rsicd", str(tmp_path))
     assert len(bad) == 2 and sum(len(each) for split in splits.values() for each in split["captions"]) == 6
-    assert "rsicd: 2 captions are left out that are known to be faulty as published" in caplog.text
+    assert "rsicd: 2 captions that are known to be faulty as published are skipped" in caplog.text
     content["images"][2]["sentences"][1]["raw"] = " ."
     (tmp_path / "dataset_rsicd.json").write_text(json.dumps(content))
     with pytest.raises(BadRowsError, match="river_1.jpg") as raised:

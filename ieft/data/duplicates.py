@@ -22,7 +22,7 @@ COMPARED_AT_ONCE = 256
 
 
 def group_identical(images):
-    """A number for each image; files and bytes of the same content have the same number.
+    """A group number for each image; files and bytes of the same content have the same number.
 
     Args:
         images: paths or bytes. Only files of the same size are read.
@@ -41,13 +41,13 @@ def group_identical(images):
 
 
 def make_thumbnail(image):
-    """What tells a PIL image from others, however it was saved: uint8 of (16 * 16 * 3,)."""
+    """A thumbnail that identifies a PIL image however it was saved: uint8 of (16 * 16 * 3,)."""
     small = to_rgb(image).resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
     return np.asarray(small).reshape(-1)
 
 
 def find_copies(thumbnails, others):
-    """For each thumbnail (N, D) whether one of the others (M, D) shows the same picture: bool (N,)."""
+    """For each thumbnail (N, D) whether one of the others (M, D) is of the same image: bool (N,)."""
     thumbnails, others = (np.asarray(each, dtype=np.float32) for each in (thumbnails, others))
     found = np.zeros(len(thumbnails), dtype=bool)
     if not len(others):

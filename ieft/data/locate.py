@@ -10,7 +10,7 @@ JUNK_NAMES = {".ds_store", "thumbs.db", "desktop.ini", "__macosx", ".spotlight-v
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
-    "restval": "train",  # of Karpathy's COCO: what is left of val, trained on in every publication
+    "restval": "train",  # of Karpathy's COCO: the rest of val, used for training in all publications
     "val": "validation",
     "valid": "validation",
     "validation": "validation",
@@ -22,12 +22,12 @@ SHOWN = 3
 
 
 def is_junk(name):
-    """Whether a file or folder is one that macOS or Windows leave behind, and no content."""
+    """Whether a file or folder is metadata of macOS or Windows instead of content."""
     return name.lower() in JUNK_NAMES or name.startswith("._")
 
 
 def split_of_text(text):
-    """The split that a text is named after, or None where there is none or more than one."""
+    """The split that a text names, or None if it names none or more than one."""
     found = {SPLIT_NAMES[word] for word in re.findall(r"[a-z]+", text.lower()) if word in SPLIT_NAMES}
     return found.pop() if len(found) == 1 else None
 
@@ -44,7 +44,7 @@ def walk_files(folder):
         try:
             entries = sorted(os.scandir(current), key=lambda entry: entry.name)
         except OSError:
-            continue  # a folder that may not be read
+            continue  # a folder without read permission
         for entry in entries:
             if is_junk(entry.name):
                 continue
@@ -55,10 +55,10 @@ def walk_files(folder):
 
 
 class ImageFinder:
-    """Files below a folder by the names that annotations give them.
+    """Finds files below a folder by the names in annotations.
 
-    A name may have Windows separators, other case, another Unicode normal form, or leading folders that are not there
-    (a path of another machine). Whatever could be two files is refused.
+    A name may have Windows separators, other case, another Unicode normal form, or leading folders that do not exist
+    (a path on another machine). Ambiguous names are refused.
     """
 
     def __init__(self, folder):
@@ -67,10 +67,10 @@ class ImageFinder:
         self._folders = set()
 
     def find(self, name):
-        """The file, or None; and why there is none, or None where it is simply not there.
+        """The file or None, and the reason for None, if there is another than that the file does not exist.
 
         Args:
-            name: as the annotation gives it, relative to the folder or absolute.
+            name: as in the annotation, relative to the folder or absolute.
         """
         if not name.strip() or "\0" in name:
             return None, None
@@ -108,13 +108,13 @@ class ImageFinder:
                 shown = ", ".join(sorted("/".join(parts) for parts in found)[:SHOWN])
                 return None, f"{len(found)} files could be meant: {shown}"
             if len(keys) > 1 and keys[0] in self._folders:
-                return None, None  # that folder is there, and the file is not in it: another's would be a guess
+                return None, None  # the folder exists without the file: a file of another folder would be a guess
             keys = keys[1:]
         return None, None
 
 
 def file_at(path):
-    """The path where a file is there, or None; None too for what no system could have as a path."""
+    """The path if it is a file, else None; also None for invalid paths."""
     try:
         return path if path.is_file() else None
     except (OSError, ValueError):
@@ -126,6 +126,6 @@ def _key(name):
 
 
 def _other_split(named, found):
-    """Whether the folders that were named, and those where the file is, are of different splits."""
+    """Whether the folders in the annotation and those of the found file name different splits."""
     ours, theirs = split_of_text("/".join(named)), split_of_text("/".join(found))
     return bool(ours and theirs and ours != theirs)

@@ -27,8 +27,8 @@ class PreparedFolder:
     """The output folder of one run.
 
     Args:
-        folder: made when something is written.
-        run: what the run prepares, as text: a run is the same run if this is.
+        folder: created when something is written.
+        run: text that identifies what the run prepares; equal text means the same run.
     """
 
     def __init__(self, folder, run):
@@ -36,10 +36,10 @@ class PreparedFolder:
         self.run = hashlib.sha256(run.encode()).hexdigest()
 
     def check(self):
-        """Refuse a folder that holds what this run did not make. Nothing in it is touched.
+        """Check that the folder holds only files of this run, without changing it.
 
         Raises:
-            ValueError: that names what is there, and the option to pass.
+            ValueError: names the other files, and the option to pass.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file: --output_dir must be a folder.")
@@ -76,7 +76,7 @@ class PreparedFolder:
             )
 
     def start(self, *, overwrite=False):
-        """Name the folder as that of this run, before anything else is written in it."""
+        """Record this run in the folder, before anything else is written to it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = self._manifest() or {"files": {}}
         if overwrite:
@@ -85,20 +85,20 @@ class PreparedFolder:
         self._save({"complete": None} | manifest | {"run": self.run})
 
     def is_complete(self):
-        """Whether the folder holds a whole dataset."""
+        """Whether the folder holds a complete dataset."""
         return bool((self._manifest() or {}).get("complete"))
 
     def lock(self):
-        """Two processes that write one folder do so one after the other."""
+        """A lock, so that only one process at a time writes to the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return FileLock(self.folder / LOCK)
 
     def write(self, name, content):
-        """A text file of this run: it is whole or not there, and known as the run's own."""
+        """Write a file of this run atomically, and record it."""
         self.record(name, content if isinstance(content, bytes) else content.encode())
 
     def record(self, name, content=None):
-        """Note a file as the run's own; with `content`, write it first."""
+        """Record a file as one of this run; with `content`, write it first."""
         path = self.folder / name
         if content is not None:
             unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -109,13 +109,13 @@ class PreparedFolder:
         self._save(manifest)
 
     def save(self, splits, *, title, bad_rows=(), overwrite=False):
-        """Write shards and card, unless the folder holds these very splits.
+        """Write shards and card, unless the folder already holds exactly these splits.
 
         Returns:
             bool: whether anything was written.
 
         Raises:
-            ValueError: where the folder holds other splits, since the source was edited.
+            ValueError: if the folder holds other splits, because the source was edited.
         """
         key = " ".join([*splits, *(split._fingerprint for split in splits.values())])
         with self.lock():
@@ -136,7 +136,7 @@ class PreparedFolder:
         return True
 
     def _write_shards(self, splits):
-        """All shards appear at once: a run that is killed leaves the old ones or none."""
+        """Write all shards, then move them into place: a killed run leaves the old ones or none."""
         unfinished, data = self.folder / UNFINISHED, self.folder / "data"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
@@ -159,10 +159,10 @@ class PreparedFolder:
         self._save(manifest | {"complete": None, "files": others | new})
 
     def check_remote(self, repo_id):
-        """Refuse a repository on the Hub that holds what this run did not push.
+        """Check that a repository on the Hub holds only files that this run pushed.
 
         Raises:
-            ValueError: that says what to do.
+            ValueError: with the remedy.
         """
         api = HfApi()
         try:
@@ -182,7 +182,7 @@ class PreparedFolder:
             )
 
     def push(self, repo_id, *, private=None):
-        """The files of this run as one commit on the Hub, in place of what `data` held: the URL of the commit."""
+        """Push the files of this run as one commit, replacing `data`; returns the URL of the commit."""
         api = HfApi()
         repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
         names = [*self._manifest()["files"], MANIFEST]
@@ -196,7 +196,7 @@ class PreparedFolder:
         return commit.commit_url
 
     def _present(self):
-        """Files of the folder, without what the file system and this class keep for themselves."""
+        """Files of the folder, without those of the file system and of this class."""
         if not self.folder.is_dir():
             return []
         names = (path.relative_to(self.folder).as_posix() for path in sorted(self.folder.rglob("*")) if path.is_file())
@@ -214,7 +214,7 @@ class PreparedFolder:
 
 
 def _read_manifest(path, folder=None):
-    """What a manifest says; that of earlier versions is the key of the splits alone."""
+    """The content of a manifest; manifests of earlier versions hold only the key of the splits."""
     text = path.read_text(encoding="utf-8")
     try:
         manifest = json.loads(text)
@@ -228,7 +228,7 @@ def _read_manifest(path, folder=None):
 
 
 def _mark(path):
-    """What tells an edited file: the hash of a small one, the size of a shard."""
+    """A mark that detects edits: the hash of a small file, the size of a shard."""
     if path.suffix == ".parquet":
         return path.stat().st_size
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -243,7 +243,7 @@ def _shown(names):
 
 
 def dataset_card(splits, title, bad_rows=()):
-    """The page of a prepared dataset, with the metadata that tells its splits."""
+    """The dataset card, with the metadata of the splits."""
     files = [{"split": name, "path": f"data/{name}-*"} for name in splits]
     metadata = DatasetCardData(
         task_categories=["image-to-text", "zero-shot-image-classification"],

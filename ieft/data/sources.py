@@ -23,7 +23,7 @@ from ieft.data.tables import parse_cell, read_csv, read_json_lines, read_text
 
 logger = logging.getLogger(__name__)
 
-# Spellings in circulation; the first that exists is taken, whatever its case.
+# Known file names; the first that exists is used, regardless of case.
 ANNOTATION_NAMES = ("dataset.json", "dataset_{name}.json", "{name}.json")
 IMAGE_FOLDER_NAMES = ("images", "imgs", "{name}_images", "image", ".")
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "path", "file_name", "filename", "file", "image_url", "url")
@@ -33,16 +33,16 @@ TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".jp2")
 EXPECTED_SPLITS = f"expected one of {', '.join(SPLIT_NAMES)}"
 CAPTION_ENDINGS = (".txt", ".json")  # of a WebDataset
-# A few kilobytes of parquet or arrow can stand for more than any memory holds.
+# A few kilobytes of parquet or arrow can expand to more than fits in memory.
 MAX_ROWS = 10_000_000
-MAX_TABLE_RATIO = 200  # bytes of a table for each of its file, beyond the first 2 GiB: captions need about 10
+MAX_TABLE_RATIO = 200  # bytes in memory per byte of file, beyond the first 2 GiB: captions need about 10
 CAPTIONS_OF_A_NAME = 5  # of the AMFMN family, whose *_filename.txt may name each image once
 NWPU_SENTENCES = ("raw", "raw_1", "raw_2", "raw_3", "raw_4")
 
 
 @dataclass
 class Source:
-    """A collection as read: where its annotations and images are, and its rows."""
+    """A collection: its annotations, its image folder, and its rows."""
 
     annotations: Path | str
     image_folder: Path | str
@@ -50,13 +50,13 @@ class Source:
 
 
 def read_source(path, name, *, image_column=None, caption_column=None, image_root=None):
-    """The rows of a folder or file, whatever of the known kinds it is.
+    """Read the rows of a folder or file of any known kind.
 
     Args:
-        image_root: the folder that the names of images start from; None is the folder of the annotations.
+        image_root: the folder that image names are relative to; None is the folder of the annotations.
 
     Raises:
-        ValueError: where it is of no known kind, or not of the shape of its kind; says what was found.
+        ValueError: if it is of no known kind, or malformed; says what was found.
     """
     path = Path(path)
     columns = {"image_column": image_column, "caption_column": caption_column}
@@ -95,7 +95,7 @@ def read_source(path, name, *, image_column=None, caption_column=None, image_roo
 
 
 def read_file(path, columns, root=None):
-    """The rows of one file, by its ending; the names of its images start from `root`, or from its own folder."""
+    """Read one file by its extension; image names are relative to `root`, or to the file's folder."""
     lower = path.name.lower()
     if lower.endswith(".json"):
         return read_json(path, root or path.parent, path.stem, columns)
@@ -115,7 +115,7 @@ def read_file(path, columns, root=None):
 
 
 def join_sources(path, sources):
-    """Several files of one collection as one source."""
+    """Join several files of one collection into one source."""
     return Source(path, sources[0].image_folder, [row for source in sources for row in source.rows])
 
 
@@ -135,8 +135,8 @@ def split_of_value(value):
 def find_caption_texts(folder):
     """Pairs of `train_caps.txt` and `train_filename.txt`, by split.
 
-    `train_caps_verify.txt` and `val_caps_verify.txt` are what the family draws from `train_caps.txt` for training and
-    validation: where both are there, they are taken in its place.
+    `train_caps_verify.txt` and `val_caps_verify.txt` are drawn from `train_caps.txt` for training and validation: if
+    both exist, they are used instead of it.
     """
     names = {each.name.lower(): each for each in folder.iterdir() if each.is_file() and not is_junk(each.name)}
     pairs = {}
@@ -157,7 +157,7 @@ def find_caption_texts(folder):
 
 
 def read_caption_text(captions, filenames, split, root):
-    """Rows of a caption a line, and of as many names of images, or one name for each five captions."""
+    """Rows from a file with one caption per line, and one with an image name per caption or per five captions."""
     lines, names = (_lines(each) for each in (captions, filenames))
     if names and len(lines) == len(names):
         each = 1
@@ -189,7 +189,7 @@ def _lines(path):
 
 
 def read_json(path, folder, name, columns):
-    """Karpathy's schema, NWPU-Captions', COCO captions, or a list of records, told apart by their shape."""
+    """Karpathy's schema, NWPU-Captions', COCO captions, or a list of records, recognised by their structure."""
     try:
         content = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -253,7 +253,7 @@ def read_entries(path, entries, folder, name):
 
 
 def _find(finder, name):
-    """`image`, the file of a name or None, and with it `missing`, why there is none, where that is known."""
+    """`image`, the file of a name or None, and `missing`, the reason for None if it is known."""
     image, reason = finder.find(name)
     return {"image": image, "missing": f"{AMBIGUOUS}: {reason}"} if reason else {"image": image}
 
@@ -268,7 +268,7 @@ def _find_in(finders, name):
 
 
 def _name(value):
-    """A file name as text; annotations that number their images are right too."""
+    """A file name as text; numbers are accepted as names."""
     if not isinstance(value, str | int):
         raise TypeError(f"a file name that is {show(value)}")
     return str(value)
@@ -329,7 +329,7 @@ def _read_records(path, columns):
 
 
 def _read_parquet(path):
-    """Records of a Parquet file, read piece by piece: its own word on how much it holds proves nothing."""
+    """Records of a Parquet file, read in pieces, since the size that it declares cannot be trusted."""
     records, size = [], 0
     with pa.parquet.ParquetFile(path) as file:
         _check_table_size(path, file.metadata.num_rows, 0)
@@ -358,7 +358,7 @@ def _check_table_size(path, rows, size):
 
 
 def table_source(path, records, columns, *, start=0, root=None):
-    """Rows of records, numbered from `start`; their images are looked for below `root`, or the table's folder."""
+    """Rows of records, numbered from `start`; their images are searched below `root`, or the table's folder."""
     rows = TableRows(columns, start=start)
     rows.add(path, records, root=root)
     return Source(path, root or path.parent, rows.as_list())
@@ -374,7 +374,7 @@ class TableRows:
     def __init__(self, columns, *, start=0):
         self._columns, self._count = columns, start
         self._rows = {}
-        self._names = {}  # name of an image in bytes -> its hash: other images of the same name get another
+        self._names = {}  # name of an image in bytes -> its hash; different images of one name get new names
 
     def as_list(self):
         """The rows in the order of their first records."""
@@ -387,7 +387,7 @@ class TableRows:
         names = list(dict.fromkeys(name for record in records for name in record))
         image_column, caption_columns = choose_columns(path, names, self._columns)
         split_column = _split_column(names, records)
-        find = lru_cache(maxsize=None)(ImageFinder(root or path.parent).find)  # asked once a caption
+        find = lru_cache(maxsize=None)(ImageFinder(root or path.parent).find)  # called once per caption
         for position, record in enumerate(records, self._count):
             try:
                 captions, single = _captions(record, caption_columns)
@@ -411,7 +411,7 @@ class TableRows:
 
 
 def choose_columns(where, names, columns):
-    """The image column and the caption columns: those asked for, or the first of the usual names that is there.
+    """The image column and the caption columns: the requested ones, or the first of the usual names that exists.
 
     Columns of one name and a number, such as `caption`, `caption_1` and `caption.2`, hold captions together.
 
@@ -446,9 +446,9 @@ def choose_columns(where, names, columns):
 
 
 def _captions(record, columns):
-    """The captions of a record, and whether it is one caption alone; empty further columns are none.
+    """The captions of a record, and whether it is a single caption; empty cells of further columns are ignored.
 
-    A cell holds one string, or a list, also one that was written as text.
+    A cell holds one string, or a list, which may be written as text.
     """
     captions, single = [], len(columns) == 1
     for column in columns:
@@ -466,7 +466,7 @@ def _captions(record, columns):
 
 
 def _locate(value, find):
-    """An image cell as a path, bytes, URL or None; the name it gives or None; what tells images apart; and a reason.
+    """An image cell as a path, bytes, URL or None; its name or None; a key that identifies the image; and a reason.
 
     A dict of `bytes` and `path`, as the datasets library has it, is known by both.
     """
@@ -486,7 +486,7 @@ def _locate(value, find):
 
 
 def _split_column(names, records):
-    """The column that tells splits: `split`, or another of the usual names whose values are all splits."""
+    """The column of splits: `split`, or another of the usual names whose values are all splits."""
     lower = {name.lower(): name for name in reversed(names) if isinstance(name, str)}
     for usual in SPLIT_COLUMNS:
         values = [record.get(lower[usual]) for record in records] if usual in lower else []
@@ -531,7 +531,7 @@ def read_legacy_arrow(path):
 
 
 def _read_arrow(path):
-    """The table of an arrow file, each batch checked before anything follows its offsets, which lead anywhere."""
+    """The table of an arrow file, each batch validated before its offsets, which cannot be trusted, are followed."""
     file = pa.ipc.open_file(pa.memory_map(str(path)))
     if any(pa.types.is_dictionary(kind) for kind in file.schema.types):
         raise ValueError("plain columns expected; one is of a dictionary")
@@ -551,7 +551,7 @@ def _is_binary(kind):
 
 
 def _records(path, table):
-    """One record after another, so that images are not in memory twice."""
+    """Iterate over records, so that images are not in memory twice."""
     try:
         for batch in table.to_batches(max_chunksize=64):
             yield from batch.to_pylist()
@@ -566,7 +566,7 @@ def read_webdataset(path):
     the last dot, for names such as `tile_0.5m.png` beside `tile_0.5m.txt`.
 
     Raises:
-        ValueError: where neither does: no image and no caption is left out without a word.
+        ValueError: if neither does, so that no image or caption is skipped silently.
     """
     members = [(name, *place) for name, *place in tar_members(path) if not any(map(is_junk, Path(name).parts))]
     samples, by_last_dot = _webdataset_samples(path, members), _webdataset_samples(path, members, at_last_dot=True)

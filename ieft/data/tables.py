@@ -13,7 +13,7 @@ import sys
 from ieft.data.invalid_examples import show
 
 DELIMITERS = (",", ";", "\t", "|")
-# What a file may begin with -> its encoding. UTF-32 comes first: its little-endian mark begins with that of UTF-16.
+# Byte order mark -> encoding. UTF-32 comes first: its little-endian mark begins with that of UTF-16.
 BYTE_ORDER_MARKS = {
     b"\xff\xfe\0\0": "utf-32",
     b"\0\0\xfe\xff": "utf-32",
@@ -24,14 +24,14 @@ BYTE_ORDER_MARKS = {
 QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 LIST_OF_STRINGS = re.compile(rf"\s*{QUOTED}(?:(?:\s*,\s*|\s+){QUOTED})*\s*,?\s*", re.DOTALL)
 SPACE_AND_QUOTES = re.compile(r"[ ]+\".*\"\s*", re.DOTALL)
-MAX_CELL_LIST = 1_000_000  # letters of a list in a cell
+MAX_CELL_LIST = 1_000_000  # characters of a list in a cell
 
 
 def read_text(path):
-    """The text of a file in UTF-8, or in UTF-16 or UTF-32 where a byte order mark says so.
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 if it has a byte order mark.
 
     Raises:
-        ValueError: for other encodings; names the line and what to do.
+        ValueError: for other encodings; names the line and the remedy.
     """
     content = path.read_bytes()
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
@@ -49,7 +49,7 @@ def read_text(path):
 
 
 def read_json_lines(path):
-    """The records of a file with one JSON object a line; lines end with a line feed alone."""
+    """The records of a file with one JSON object per line; only line feeds separate lines."""
     records = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
@@ -61,7 +61,7 @@ def read_json_lines(path):
 
 
 def read_csv(path, known_names, check_names):
-    """The records of a CSV file, whatever its delimiter and quotes.
+    """The records of a CSV file with any delimiter and quoting.
 
     Args:
         known_names: lower-case names of columns; the delimiter is the one that finds most of them in the first line.
@@ -89,7 +89,7 @@ def read_csv(path, known_names, check_names):
 
 
 def _find_delimiter(path, text, known_names):
-    """The delimiter that parts the first line into the most known names, then into the most fields."""
+    """The delimiter that splits the first line into the most known names, then into the most fields."""
     usual = ("\t", ",", ";", "|") if path.suffix.lower() == ".tsv" else DELIMITERS
 
     def merit(delimiter):
@@ -99,7 +99,7 @@ def _find_delimiter(path, text, known_names):
             return 0, 0
         return sum(field.strip().lower() in known_names for field in fields), len(fields)
 
-    return max(usual, key=merit)  # the first of equals
+    return max(usual, key=merit)  # the first one if equal
 
 
 def _parse(path, text, delimiter, first_line):
@@ -171,7 +171,7 @@ def _try(text, delimiter, first_line, **dialect):
 
 
 def _check_header(path, header):
-    """The names of the columns; those that stand twice are numbered as pandas does, `caption`, `caption.1`."""
+    """The names of the columns; duplicates are numbered as in pandas, `caption`, `caption.1`."""
     line, fields = header
     names = [field.strip().lstrip("\ufeff") for field in fields]
     while names and not names[-1]:
@@ -189,7 +189,7 @@ def _check_header(path, header):
 
 
 def parse_cell(text):
-    """A list that was written as text, as the list; other text as it is.
+    """Parse a list that was written as text; other text is returned unchanged.
 
     Read are JSON (`["a", "b"]`), Python (`['a', 'b']`, also of `{'raw': ...}`) and numpy (`['a' 'b']`).
 
@@ -197,7 +197,7 @@ def parse_cell(text):
         ValueError: for what begins as such a list and cannot be read.
     """
     body = re.sub(r"^array\((.*?)(,\s*dtype=[\w.<>'\"]+)?\)$", r"\1", text.strip(), flags=re.DOTALL)
-    body = re.sub(rf"\bnp\.str_\(({QUOTED})\)", r"\1", body, flags=re.DOTALL)  # as numpy 2 shows its strings
+    body = re.sub(rf"\bnp\.str_\(({QUOTED})\)", r"\1", body, flags=re.DOTALL)  # the repr of strings in numpy 2
     if not re.match(r"""[\[(]\s*['"{\]]""", body) or body[-1:] != {"[": "]", "(": ")"}[body[0]]:
         return text
     if body == "[]" or not body[1:-1].strip():
