@@ -1,5 +1,6 @@
 """Tests of dataset preparation: spellings of folder names, missing validation splits, invalid examples."""
 
+import io
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 
 from ieft.data.images import read_picture
+from ieft.data.streaming import stream_hub_dataset
 from prepare_datasets import BadRowsError, load_lazily, load_retrieval_dataset, main, published_counts
 from processing_ieft import to_rgb
 
@@ -356,3 +358,30 @@ def test_a_push_to_the_hub_comes_back_by_its_name(tmp_path):
     card = DatasetCard(files["README.md"].decode())
     assert card.data.configs[0]["data_files"][2] == {"split": "test", "path": "data/test-*"}
     assert "| train | 10 | 50 |" in card.text and "remote-sensing" in card.data.tags
+
+
+def write_caption_rows(folder, order):
+    """A Hub dataset of one caption a row: the images by number, in an order."""
+    images = [to_bytes(Image.new("RGB", (8, 8), (40 * number, 90, 10))) for number in range(3)]
+    rows = [{"image": {"bytes": images[number], "path": None}, "caption": f"field {number}, sentence {place} ."}
+            for place, number in enumerate(order)]  # fmt: skip
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    (folder / "data").mkdir(parents=True)
+    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    return folder
+
+
+def to_bytes(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_stream_joins_the_captions_of_one_image_or_is_refused(tmp_path):
+    options = {"image_fault": lambda image, bands: None, "on_bad_rows": "stop"}
+    follow = write_caption_rows(tmp_path / "follow", [0, 0, 1, 1, 1, 2])
+    rows = list(stream_hub_dataset(str(follow), {}, **options)["train"])
+    assert [len(row["captions"]) for row in rows] == [2, 3, 1]
+    apart = write_caption_rows(tmp_path / "apart", [0, 1, 0])
+    with pytest.raises(ValueError, match="do not follow one another"):
+        list(stream_hub_dataset(str(apart), {}, **options)["train"])

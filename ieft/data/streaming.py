@@ -4,6 +4,7 @@ Rows with known captions, or the streams of a Hub dataset, become an `IterableDa
 prepared one, and each image is checked when it is read. For training, rows can also be read by number, in any order.
 """
 
+import hashlib
 import logging
 from pathlib import Path
 
@@ -126,8 +127,11 @@ def _checked_rows(rows, source, image_fault, on_bad_rows, bands):
 
 def _checked_records(stream, origin, image_fault, on_bad_rows, bands):
     name, split, columns = origin
-    for number, record in enumerate(stream):
-        row = table_source(Path(name), [record | {"split": split}], columns, start=number).rows[0]
+    rows = (
+        (number, table_source(Path(name), [record | {"split": split}], columns, start=number).rows[0])
+        for number, record in enumerate(stream)
+    )
+    for number, row in _grouped(rows, name):
         known = isinstance(row["image"], bytes)  # a path in a Hub dataset would be one on this machine
         reason = image_fault(row["image"], bands=bands) if known else MISSING
         rows, bad = usable_rows([row], {0: reason} if reason else {})
@@ -135,6 +139,38 @@ def _checked_records(stream, origin, image_fault, on_bad_rows, bands):
             _leave_out([BadRow(**(vars(each) | {"row": number})) for each in bad], name, on_bad_rows)
         for usable in rows:
             yield make_example(usable, bands=bands)[0]
+
+
+def _grouped(rows, name):
+    """Numbered rows; those of one caption each that follow one another with one image are joined.
+
+    Raises:
+        ValueError: where the rows of one image do not follow one another, so that a stream cannot join them.
+    """
+    group, seen = None, set()
+    for number, row in rows:
+        key = _image_key(row)
+        if len(row["captions"]) != 1:
+            yield from [group] if group else []
+            group = None
+            yield number, row
+        elif group and _image_key(group[1]) == key:
+            group[1]["captions"] += row["captions"]
+        else:
+            yield from [group] if group else []
+            if key in seen:
+                raise ValueError(
+                    f"{name}: the captions of {row['filename']} do not follow one another (row {number}), and a "
+                    "stream cannot join them. Load it without streaming."
+                )
+            seen.add(key)
+            group = number, row
+    yield from [group] if group else []
+
+
+def _image_key(row):
+    image = row["image"]
+    return hashlib.sha256(image).digest() if isinstance(image, bytes) else (image, row["filename"])
 
 
 def _leave_out(bad, source, on_bad_rows):
