@@ -1,4 +1,4 @@
-"""Where on the Earth an image lies and when it was taken, and GeoJSON of it.
+"""Location and acquisition time of images, and their outlines as GeoJSON.
 
 Places are longitude and latitude in degrees (WGS84, EPSG:4326) whatever the raster's own coordinate reference system
 is. Outlines follow RFC 7946: counter-clockwise, cut at the antimeridian, longitudes from -180 to 180.
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 SIDES = ("west", "south", "east", "north")  # of the bounding box in degrees; west > east across the antimeridian
 OWN_SIDES = ("left", "bottom", "right", "top")  # of the envelope in the raster's own coordinates
 PLACE_COLUMNS = (*SIDES, *OWN_SIDES, "crs", "geometry")
-EDGE_POINTS = 21  # of each edge: straight in the raster's coordinates, it may be curved in degrees
+EDGE_POINTS = 21  # points per edge: it is straight in the raster's coordinates but may be curved in degrees
 SIMPLIFIED = 1e-4  # how far an outline may be from those points, as a part of its size
 OUT_OF_RANGE = 1  # degrees beyond a pole or a full turn: grids of pixel centres reach half a pixel beyond
 LONGEST_REASON = 160  # characters of GDAL's messages, some of which quote whole definitions
-# Names of metadata that tell when an image was taken, in any domain of GDAL's, the surest first.
+# Metadata names of the acquisition time, in any GDAL domain, the most reliable first.
 TIME_TAGS = (
     "ACQUISITIONDATETIME", "ACQUISITION_DATETIME", "ACQUIRED", "ACQUISITION_TIME", "ACQUISITION_DATE", "SENSING_TIME",
     "DATATAKE_1_DATATAKE_SENSING_START", "PRODUCT_START_TIME", "DATE_ACQUIRED", "EXIF_DATETIMEORIGINAL",
@@ -36,12 +36,12 @@ TIME = re.compile(
 
 
 def locate(dataset, window, file=None):
-    """The place of a window of an open raster, as columns of the index.
+    """The location of a window of an open raster, as columns of the index.
 
     Args:
-        dataset: as `rasterio.open` gives it.
+        dataset: an open rasterio dataset.
         window: with `col`, `row`, `width` and `height` in pixels.
-        file: to be named in a warning; None gives none.
+        file: to be named in a warning; None for no warning.
 
     Returns:
         dict: `west`, `south`, `east`, `north` in degrees, `geometry`, GeoJSON as text; `left`, `bottom`, `right`,
@@ -65,7 +65,7 @@ def locate(dataset, window, file=None):
 
 
 def place_of_bounds(crs, left, bottom, right, top, file=None):
-    """The place of a box in coordinates of `crs`, as `locate` gives it; for rows that know no more of a raster."""
+    """The location of a box in coordinates of `crs`, as from `locate`, for rows without further georeference."""
     from rasterio.crs import CRS
 
     try:
@@ -81,7 +81,7 @@ def _warn(file, why):
 
 
 def _points_around(left, top, right, bottom):
-    """Points along the edges of a box, its corners among them: xs and ys."""
+    """Points along the edges of a box, including its corners: xs and ys."""
     corners = np.array([(left, top), (left, bottom), (right, bottom), (right, top), (left, top)], dtype=float)
     steps = np.linspace(0, 1, EDGE_POINTS, endpoint=False)[:, None]
     edges = [start + steps * (stop - start) for start, stop in zip(corners, corners[1:], strict=False)]
@@ -89,7 +89,7 @@ def _points_around(left, top, right, bottom):
 
 
 def _georeference(dataset):
-    """The coordinate reference system of a raster and a function of pixel columns and rows to its coordinates."""
+    """The coordinate reference system of a raster and a function from pixel columns and rows to coordinates."""
     from rasterio.crs import CRS
     from rasterio.transform import GCPTransformer, RPCTransformer
 
@@ -115,7 +115,7 @@ def _pixel_transform(transformer, zs=None):
 
 
 def _place_of(crs, xs, ys, file):
-    """Bounds in degrees and the outline of a ring of points, not closed; empty, with a warning, where it has none."""
+    """Bounds in degrees and outline of an open ring of points; empty, with a warning, if it has no location."""
     from rasterio.warp import transform
 
     try:
@@ -143,7 +143,7 @@ def _outline(lons, lats):
     """A ring as a polygon of continuous longitudes, which may lie beyond 180 degrees.
 
     Raises:
-        ValueError: for coordinates that are not on the Earth, or enclose no area.
+        ValueError: if coordinates are not on the Earth, or enclose no area.
     """
     import shapely
 
@@ -170,7 +170,7 @@ def _outline(lons, lats):
 
 
 def _open_pole(lons, lats, at_pole):
-    """A ring whose one corner is a pole, which has no longitude: it gets those of the points beside it."""
+    """A ring with a pole as one corner: the pole, which has no longitude, gets those of its neighbours."""
     corner = int(at_pole.argmax())
     beside = lons[[corner - 1, (corner + 1) % len(lons)]]
     return (np.concatenate([lons[:corner], beside, lons[corner + 1 :]]), np.insert(lats, corner, lats[corner]))
@@ -200,11 +200,11 @@ def _ring(ring):
 
 
 def read_metadata(file, dataset=None):
-    """What a file says of itself beside its pixels, as columns of the index.
+    """Metadata of a file, as columns of the index.
 
     Returns:
-        dict: `acquired`, when the image was taken, where the file tells (without a time zone it is taken as UTC); and
-        for a camera's photo with a GPS position its point, as `locate` names the columns.
+        dict: `acquired`, the acquisition time if the file has one (as UTC if it has no time zone); and for a photo
+        with a GPS position its point, in the columns of `locate`.
     """
     tags, columns = {}, {}
     try:
@@ -226,7 +226,7 @@ def read_metadata(file, dataset=None):
 
 
 def parse_time(text):
-    """A time as EXIF, TIFF or ISO 8601 write it, as a datetime in UTC; None for anything else."""
+    """Parse a time of EXIF, TIFF or ISO 8601 as a datetime in UTC; None for anything else."""
     found = TIME.fullmatch(text) if isinstance(text, str) else None
     if not found:
         return None
@@ -240,7 +240,7 @@ def parse_time(text):
 
 
 def _point(gps):
-    """Where a camera was, by its GPS tags; empty where they have no position."""
+    """The position of a camera from its GPS tags; empty if they have none."""
     tag = ExifTags.GPS
     try:
         (lat, north), (lon, east) = (
@@ -257,7 +257,7 @@ def _point(gps):
 
 
 def to_geojson(hits):
-    """Rows or hits of the index as a FeatureCollection (RFC 7946); the geometry of those without a place is null."""
+    """Rows or hits of the index as a FeatureCollection (RFC 7946); without a location, geometry is null."""
     features = []
     for hit in hits:
         feature = {"type": "Feature", "geometry": json.loads(hit["geometry"]) if hit["geometry"] else None}

@@ -59,12 +59,12 @@ CHECKPOINT, STATES = b"ieft_checkpoint", b"ieft_states"
 # version wrote another one into the schema.
 ROOT, MADE_BY = "root", "checkpoint"
 ROWS_AT_ONCE = 64
-FEWEST_FOR_VECTOR_INDEX = 50_000  # below, every vector is compared, in milliseconds and exactly
+FEWEST_FOR_VECTOR_INDEX = 50_000  # below, search is exact, in milliseconds
 PARTITION_ROWS = 1024
-PROBES, REFINE = 40, 2  # partitions looked into; candidates re-scored by their full vectors, per hit
-MOST_SKIPPED = 10_000  # rows that a shortlist looks at to find files that are there
-KEPT_VERSIONS = timedelta(hours=1)  # of the tables: a query that began before is answered from one
-MOST_ATTEMPTS = 20  # at a transaction that others come before
+PROBES, REFINE = 40, 2  # partitions searched; candidates per hit that are re-scored with full vectors
+MOST_SKIPPED = 10_000  # most rows of a shortlist that are searched for existing files
+KEPT_VERSIONS = timedelta(hours=1)  # of the tables, for queries that began earlier
+MOST_ATTEMPTS = 20  # at a transaction that conflicts with others
 OVERLAP = 0.25
 # `file` is relative to the archive's root where it lies below it; `time` is the file's, `acquired` the image's.
 # `width` and `height` are the file's; `col`, `row`, `tile_width`, `tile_height` the window of it that the row stands
@@ -81,7 +81,7 @@ METADATA = {
     "top": pa.float64(), "geometry": pa.string(), "bands": pa.string(),
 }  # fmt: skip
 KEY = ["file", "col", "row"]
-# Fields of the configuration that an embedding depends on beside the weights.
+# Fields of the configuration that embeddings depend on.
 COMPUTED_BY = (
     "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "text_layer_norm_eps", "image_size",
     "patch_size", "max_image_length", "enhancement_layers", "enhancement_num_heads", "first_joint_layer",
@@ -90,15 +90,15 @@ COMPUTED_BY = (
 PREPROCESSED_BY = (
     "image_size", "fit", "do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
 )  # fmt: skip
-FINGERPRINT = "2-"  # begins those of this version
-PROBE = "Two Red HOUSES, é ß 中 3x4-storey ..."  # tells tokenizers of one vocabulary apart, by case and accents
+FINGERPRINT = "2-"  # prefix of this version
+PROBE = "Two Red HOUSES, é ß 中 3x4-storey ..."  # distinguishes tokenizers of one vocabulary, by case and accents
 
 
 class Hits(list):
     """Hits as dicts, best first.
 
     Attributes:
-        seconds: what each stage took: "embed", "shortlist", and "re-rank" where there was one.
+        seconds: the time of each stage: "embed", "shortlist", and "re-rank" if there was one.
     """
 
     def __init__(self, hits=(), seconds=None):
@@ -107,31 +107,31 @@ class Hits(list):
 
 
 class ImageIndex:
-    """The images of an archive, and captions if there are any, that captions and images are looked up in.
+    """An index of the images of an archive, and optionally of captions, searched by captions and images.
 
     Attributes:
-        needs_files: whether hits whose file is gone are skipped. True unless the index keeps states, with which no
-            file is read; set it to True to show the hits.
+        needs_files: whether hits whose file is gone are skipped. True unless the index stores image features, with
+            which no file is read; set it to True to show the hits.
     """
 
     def __init__(self, uri, model, *, processor, create=False, states=None, storage_options=None, root=None):
-        """Open the index at `uri`, or with `create` begin one where there is none.
+        """Open the index at `uri`, or with `create` create it if it does not exist.
 
-        Indexes of earlier versions are brought to this version's form; no embedding is computed again.
+        Indexes of earlier versions are migrated without computing embeddings again.
 
         Args:
             model: an `IeftForImageTextRetrieval` with contrastive heads.
-            states: with `create`, keep beside each vector what re-ranking needs to know of the image, as "bf16" or
-                "int8" (see `ieft.search.feature_cache`): it then reads no file. For models with `first_joint_layer`
+            states: with `create`, also store image features for re-ranking, as "bf16" or "int8" (see
+                `ieft.search.feature_cache`), so that re-ranking reads no file. For models with `first_joint_layer`
                 above 0.
             storage_options: credentials and settings of object storage, as LanceDB takes them.
-            root: the archive's folder. The index keeps the first one given, and paths below it relative to it: see
-                `relocate`. An archive that was moved is recognised by its files.
+            root: the archive's folder. The index stores the first one given, and paths relative to it: see
+                `relocate`. A moved archive is recognised by its files.
 
         Raises:
-            ValueError: for a model without contrastive heads, or another one than made the index; for states of a
-                model that joins at 0, or other than those of the index; for what is no index, or is damaged.
-            FileNotFoundError: where there is no index, or the archive's former root is gone and `root` is not the
+            ValueError: if the model has no contrastive heads or is another one than that of the index; if `states`
+                does not fit the model or the index; if `uri` is not an index, or is damaged.
+            FileNotFoundError: if there is no index, or if the archive's former root is gone and `root` is not the
                 same archive.
         """
         if not model.config.contrastive_dim:
@@ -166,7 +166,7 @@ class ImageIndex:
         used = folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"A folder expected for the index; {uri} is a file.")
-        # Each reading looks for the latest version: of what other processes add, nothing is missed.
+        # Each read uses the latest version, so that additions of other processes are seen.
         database = lancedb.connect(uri, storage_options=storage_options, read_consistency_interval=timedelta(0))
         there = set(database.list_tables().tables)
         missing = {IMAGES, CAPTIONS} - there
@@ -193,7 +193,7 @@ class ImageIndex:
         self.made_by, self.states = (known.get(name, b"").decode() for name in (CHECKPOINT, STATES))
 
     def _check_checkpoint(self, uri):
-        """Refuse an index of another checkpoint; an earlier version's fingerprint is replaced by this one's."""
+        """Refuse an index of another checkpoint; update fingerprints of earlier versions."""
         made_by = self._setting(MADE_BY) or self.made_by
         if made_by == self.checkpoint:
             return
@@ -207,9 +207,10 @@ class ImageIndex:
         )
 
     def _is_of_earlier_version(self, made_by):
-        """Whether an index with a fingerprint of an earlier version is this checkpoint's.
+        """Whether an index with a fingerprint of an earlier version belongs to this checkpoint.
 
-        Those depended on versions of libraries too: where it differs, embeddings are computed again and compared.
+        Those fingerprints also depended on library versions: if they differ, a few embeddings are recomputed and
+        compared.
         """
         images, processor = self.processor.image_processor, self.processor
         settings = [images.image_size, images.fit, processor.max_caption_tokens, processor.tokenizer.get_vocab()]
@@ -225,7 +226,7 @@ class ImageIndex:
         return bool(some) and np.allclose(computed, [row["vector"] for row in some], atol=1e-4)
 
     def _mend_earlier_version(self):
-        """Bring the tables of an earlier version to this one's form: columns, places, primary keys without doubles."""
+        """Migrate the tables of an earlier version: columns, places, and primary keys without duplicates."""
         names = set(self.table.schema.names)
         new = [pa.field(name, kind) for name, kind in METADATA.items() if name not in names]
         if new:
@@ -252,7 +253,7 @@ class ImageIndex:
 
     @property
     def root(self):
-        """The archive's folder, which paths in the index are relative to; empty where none was given."""
+        """The archive's folder, which paths in the index are relative to; empty if none was given."""
         if self._root is None:
             self._root = self._setting(ROOT) or ""
         return self._root
@@ -267,7 +268,7 @@ class ImageIndex:
         _retry(merge.execute, pa.Table.from_pylist([{"name": name, "value": value}], schema=self.settings.schema))
 
     def _use_root(self, folder):
-        """Take a folder as the root where there is none; recognise an archive that was moved."""
+        """Set the root if there is none; recognise an archive that was moved."""
         if not self.root:
             self._set(ROOT, folder, replace=False)
             self._root = None  # another process may have been first
@@ -290,18 +291,18 @@ class ImageIndex:
             )
 
     def relocate(self, folder, *, former=None):
-        """Say where the archive lies now; nothing is embedded again.
+        """Update the location of a moved archive, without computing embeddings again.
 
         Args:
             folder: the new root.
-            former: where it was; None takes the index's root. For files that were indexed outside of the root, or by
-                an earlier version, which knew none.
+            former: the former location; None takes the index's root. For files that were indexed outside of the root,
+                or by an earlier version, which had no root.
 
         Returns:
-            tuple: how many of the index's files below the root are in the new place, and how many there are.
+            tuple: how many of the index's files below the root exist in the new location, and their total number.
 
         Raises:
-            ValueError: where none is.
+            ValueError: if none exists there.
         """
         folder = os.path.realpath(folder)
         if former is not None and os.path.realpath(former) != self.root:
@@ -332,7 +333,7 @@ class ImageIndex:
             self._rename(os.path.join(self.root, ""), "")
 
     def _rename(self, former, new):
-        """Change how the paths of files begin: one transaction, without their vectors."""
+        """Change the prefix of paths in one transaction, without rewriting vectors."""
         condition = f"starts_with(file, {_quoted(former)})"
         if self.table.count_rows(condition):
             pattern = "^" + re.escape(former)
@@ -341,11 +342,11 @@ class ImageIndex:
             remove_doubles(self.table, KEY)
 
     def _path(self, name):
-        """Where a file of the index is."""
+        """The absolute path of a file of the index."""
         return os.path.join(self.root, name)
 
     def _name(self, file):
-        """A file as the index names it: relative to the root if it lies below, by the names of links."""
+        """The name of a file in the index: relative to the root if it is below it, with the names of links."""
         file = os.path.abspath(file)
         real = os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file))
         for path in (file, real) if self.root else ():
@@ -363,24 +364,24 @@ class ImageIndex:
         return self.table.count_rows()
 
     def add(self, files, *, tile=None, overlap=None, bands=None, batch_size=ROWS_AT_ONCE):
-        """Embed images and keep them, a batch at a time; what changed takes its old rows' place.
+        """Embed and add images in batches; rows of changed images are replaced.
 
         Args:
-            tile: side of the tiles that larger images are cut into, in pixels; 0 keeps each image whole. None cuts an
-                image as the index has it, and keeps new ones whole.
-            overlap: the part of a tile that its neighbour shows too; 0.25 where only `tile` is given.
-            bands: numbers, from 1, of three bands that become red, green and blue, or of one. None takes those that an
-                image was indexed with before, or those that the file says.
+            tile: side length of the tiles that larger images are cut into, in pixels; 0 keeps each image whole. None
+                tiles an image as in the index, and keeps new ones whole.
+            overlap: the fraction that neighbouring tiles share; 0.25 if only `tile` is given.
+            bands: numbers, from 1, of three bands to use as red, green and blue, or of one. None takes those that an
+                image was indexed with before, or those that the file declares.
 
         Returns:
-            dict: `added` and `unchanged`, how many rows, images or tiles; `unreadable`, a dict of file -> why. Of a
-            scene that breaks off, the tiles before are kept, and so are rows of a file that was readable before.
+            dict: numbers of `added` and `unchanged` rows (images or tiles); `unreadable`, a dict of file -> reason.
+            For a truncated scene, readable tiles are kept, as are rows of a file that was readable before.
         """
         if overlap is not None and not tile:
-            raise ValueError("overlap says how tiles overlap: give tile too.")
+            raise ValueError("overlap needs tile: it is the overlap of the tiles.")
         overlap = OVERLAP if overlap is None else overlap
         if tile:
-            cut_windows(1, 1, tile=tile, overlap=overlap)  # says what is wrong before any work
+            cut_windows(1, 1, tile=tile, overlap=overlap)  # raises errors before any work
         files = {self._name(file): None for file in files}
         report = {"added": 0, "unchanged": 0, "unreadable": {}}
         for name in [name for name in files if is_not_text(name)]:
@@ -399,7 +400,7 @@ class ImageIndex:
         return report
 
     def _read_missing(self, names, tile, overlap, bands, report, stale):
-        """Rows without vectors, with their pictures as the network sees them; `stale` gets what is to go, as SQL."""
+        """Rows without vectors, with images as the network reads them; SQL for rows to delete is added to `stale`."""
         known = {name: set() for name in names}
         for row in self._select_raw(_any_of(names), ["content", "tiling", "bands", *KEY]):
             made_of = row["content"], row["tiling"], row["bands"] or ""
@@ -438,17 +439,17 @@ class ImageIndex:
 
     @torch.no_grad()
     def _read_states(self, images):
-        """Of each image, read once: its vector, and its state in bytes."""
+        """The embedding and the encoded features of each image, computed in one pass."""
         states = self.model.read_images(self.processor(images=images)["pixel_values"].to(self.model.device))
         vectors = self.model.get_image_features(image_states=states).float().cpu().numpy()
         encoded = [encode_state(state, self.states) for state in states]
         return [{"vector": vector, "state": state} for vector, state in zip(vectors, encoded, strict=True)]
 
     def add_captions(self, captions, *, batch_size=ROWS_AT_ONCE):
-        """Embed sentences and keep them, for images to be looked up in; blank ones are passed over.
+        """Embed and add sentences, to be found by images; blank ones are ignored.
 
         Returns:
-            dict: `added` and `unchanged`, how many.
+            dict: numbers of `added` and `unchanged` captions.
         """
         captions = list(captions)
         if captions:
@@ -467,37 +468,36 @@ class ImageIndex:
         return {"added": added, "unchanged": len(captions) - added}
 
     def optimize(self):
-        """Gather what small additions left scattered and drop versions of the tables older than an hour.
+        """Compact the tables and delete versions of them older than an hour.
 
-        From 50,000 rows on, a vector index is kept up to date. Rows that an earlier version doubled are taken out.
+        From 50,000 rows on, the vector index is updated. Duplicate rows of earlier versions are removed.
         """
         for table, key in ((self.table, KEY), (self.captions, ["caption"])):
             remove_doubles(table, key)
             kinds = [found.index_type for found in table.list_indices()]  # an earlier version's was IvfPq
             if table.count_rows() >= FEWEST_FOR_VECTOR_INDEX and "IvfSq" not in kinds:
-                # One byte for each number of a vector: as near as exact, and made faster than product quantisation.
-                # The size is kept when rows are added; of a number of partitions, most would be joined then.
+                # One byte per number of a vector: nearly exact, and built faster than product quantization. A size of
+                # partitions stays valid when rows are added; with a number of partitions, most would be merged then.
                 config = IvfSq(distance_type="dot", target_partition_size=PARTITION_ROWS)
                 _retry(table.create_index, "vector", config=config)
             _retry(table.optimize, cleanup_older_than=KEPT_VERSIONS)
 
     def delete(self, files):
-        """Take files out of the index, with all their tiles; the files themselves stay. Gives how many rows went."""
+        """Remove files with all their tiles from the index, but not from disk; returns the number of removed rows."""
         names = [name for name in map(self._name, files) if not is_not_text(name)]
         return _retry(self.table.delete, _any_of(names)).num_deleted_rows if names else 0
 
     def prune(self, *, force=False):
-        """Take out of the index the files that are gone.
+        """Remove files that no longer exist from the index.
 
         Args:
-            force: also where all files of the archive, or all of another folder, are gone.
+            force: even if all files of the archive, or of another folder, are gone.
 
         Returns:
             list: their paths.
 
         Raises:
-            FileNotFoundError: where all files of a folder are gone, as they are where a disk is not mounted; nothing
-                was taken out.
+            FileNotFoundError: if all files of a folder are gone, as when a disk is not mounted; nothing was removed.
         """
         names = {row["file"] for row in self._select_raw(None, ["file"])}
         gone = sorted(name for name in names if is_gone(self._path(name)))
@@ -513,23 +513,23 @@ class ImageIndex:
         return [self._path(name) for name in gone]
 
     def _place_of(self, name):
-        """The folder that a file is mounted with, as far as can be told: the root, or the first two of a path."""
+        """The folder that may be a mount point of a file: the root, or the first two folders of a path."""
         return os.path.join(*Path(name).parts[:-1][:3]) if os.path.isabs(name) else self.root
 
     def delete_captions(self, captions):
-        """Take sentences out of the index. Gives how many were there."""
+        """Remove sentences from the index; returns the number of removed ones."""
         captions = [caption.strip() for caption in captions]
         if not captions:
             return 0
         return _retry(self.captions.delete, _any_of(captions, "caption")).num_deleted_rows
 
     def rows(self, where=None, *, columns=tuple(METADATA)):
-        """What is known of the images that `where`, an SQL expression over the columns, holds for; all without one.
+        """Metadata of the images that match `where`, an SQL expression over the columns; of all without one.
 
-        In `where`, `file` is relative to the root; in the rows it is the whole path.
+        In `where`, `file` is relative to the root; in the rows it is the absolute path.
 
         Raises:
-            ValueError: for an expression that is none, or does more than compare.
+            ValueError: for an invalid expression, or one that is not a comparison.
         """
         return self._with_paths(self._select_raw(check_where(where), columns))
 
@@ -566,18 +566,18 @@ class ImageIndex:
 
         Args:
             vector: (E,) of a caption or an image.
-            where: an SQL expression over the columns, held before the search: `"north > 48 AND width >= 256"`.
+            where: an SQL filter over the columns, applied before the search: `"north > 48 AND width >= 256"`.
 
         Returns:
-            list: the columns but the vector, and `similarity`, in [-1, 1].
+            list: the columns without the vector, and `similarity`, in [-1, 1].
         """
         return self._shortlist(vector, top_k, list(METADATA), where, {})
 
     def _shortlist(self, vector, top_k, columns, where, unusable):
-        """The nearest hits whose files are there: the store is asked for more until there are enough.
+        """The nearest hits whose files exist; the query is enlarged until there are enough.
 
         Args:
-            unusable: files that cannot be read -> why; gets those that are gone.
+            unusable: file that cannot be read -> reason; missing files are added.
         """
         asked = top_k
         while True:
@@ -601,10 +601,10 @@ class ImageIndex:
         return file in unusable
 
     def _warn_of(self, unusable):
-        """One warning of the files that a search skipped.
+        """Warn once of the files that a search skipped.
 
         Raises:
-            FileNotFoundError: where the archive itself is not there.
+            FileNotFoundError: if the archive itself does not exist.
         """
         if not unusable:
             return
@@ -620,21 +620,21 @@ class ImageIndex:
         )  # fmt: skip
 
     def search(self, caption, *, top_k=10, rerank_top_k=32, where=None, similarity_weight=0.0):
-        """Images for a sentence: a shortlist by embedding, its first `rerank_top_k` re-ranked by the network.
+        """Search images for a sentence: a shortlist by embedding, its first `rerank_top_k` re-ranked by the network.
 
         Args:
-            similarity_weight: how much of the embeddings' similarity, scaled as the contrastive loss does, is added to
-                the network's score; `run_retrieval.py --rerank_top_k` chooses one on validation data.
+            similarity_weight: weight of the embeddings' similarity, scaled as in the contrastive loss, that is added
+                to the matching score; `run_retrieval.py --rerank_top_k` chooses one on validation data.
 
         Returns:
-            Hits: as `shortlist`, with `rank` from 1, `stage`, "re-ranked" or "shortlist", and `score`, the network's
-            for re-ranked ones and the similarity for others, which always follow them. Of tiles that overlap, only
-            the best is there: see `merge_overlaps`.
+            Hits: as `shortlist`, with `rank` from 1, `stage` ("re-ranked" or "shortlist") and `score`: the matching
+            score of re-ranked hits, and the similarity of others, which always follow them. Of overlapping tiles,
+            only the best is returned: see `merge_overlaps`.
 
         Raises:
             ValueError: for an empty caption, or `top_k` below 1.
-            FileNotFoundError: where the archive is not there at all. Single files that are gone or damaged are
-                skipped, with a warning.
+            FileNotFoundError: if the archive does not exist. Single files that are gone or damaged are skipped with a
+                warning.
         """
         seconds, unusable = {}, {}
         with _clock(seconds, "embed"):
@@ -655,7 +655,7 @@ class ImageIndex:
         return self._merged(nearest, vector, top_k, where, seconds, unusable)
 
     def search_image(self, image, *, top_k=10, where=None):
-        """Images like a PIL image, by embedding alone: as `search`."""
+        """Search images similar to a PIL image, by embedding only; returns hits as `search`."""
         seconds, unusable = {}, {}
         with _clock(seconds, "embed"):
             vector = self.embed_images([image])[0]
@@ -664,10 +664,10 @@ class ImageIndex:
         return self._merged(nearest, vector, top_k, where, seconds, unusable)
 
     def search_captions(self, image, *, top_k=10, rerank_top_k=32, similarity_weight=0.0):
-        """Captions of the index for a PIL image, in the two stages of `search`.
+        """Search captions of the index for a PIL image, in the two stages of `search`.
 
         Returns:
-            Hits: `caption`, `similarity`, `score`, `stage`, `rank`; none where the index holds no captions.
+            Hits: `caption`, `similarity`, `score`, `stage`, `rank`; empty if the index holds no captions.
         """
         seconds = {}
         with _clock(seconds, "embed"):
@@ -681,7 +681,7 @@ class ImageIndex:
         return Hits(_ranked(nearest)[:top_k], seconds)
 
     def _score_images(self, caption, hits, states, unusable):
-        """The network's scores of some hits; None where one cannot be read, and `unusable` gets all that cannot."""
+        """Matching scores of hits; None if some cannot be read, which are then added to `unusable`."""
         if not hits:
             return []
         tokens = self.processor(text=[caption])["input_ids"].tolist()
@@ -703,7 +703,7 @@ class ImageIndex:
         return score_pairs(self.model, list(pixels), tokens["input_ids"], pairs, progress=False)
 
     def _merged(self, nearest, vector, top_k, where, seconds, unusable):
-        """`top_k` hits of different places; where merging leaves fewer, the shortlist is asked for more."""
+        """`top_k` hits without overlaps; if merging leaves fewer, the shortlist is enlarged."""
         best, found, asked = nearest, merge_overlaps(nearest), len(nearest)
         while len(found) < top_k <= asked:
             with _clock(seconds, "shortlist"):
@@ -719,13 +719,13 @@ class ImageIndex:
 
 
 def merge_overlaps(hits):
-    """Of tiles of one scene that overlap at all, the best alone: greedy non-maximum suppression.
+    """Keep only the best of overlapping tiles of a scene: greedy non-maximum suppression.
 
     Args:
         hits: best first.
 
     Returns:
-        list: those that stay, each with `merged`, how many hits it stands for, itself included.
+        list: the hits that are kept, each with `merged`, the number of hits that it represents, including itself.
     """
     kept = []
     for hit in hits:
@@ -738,7 +738,7 @@ def merge_overlaps(hits):
 
 
 def fingerprint_checkpoint(model, processor):
-    """A digest of what an embedding depends on: weights, the fields that say how to compute, preprocessing, tokens.
+    """A digest of all that embeddings depend on: weights, configuration, preprocessing, tokenizer.
 
     Weights are compared as bfloat16: the same checkpoint loaded in float32 and in bfloat16 has one fingerprint.
     """
@@ -758,7 +758,7 @@ def fingerprint_checkpoint(model, processor):
 
 
 def remove_doubles(table, key):
-    """Of rows with one key, keep the one that was added last."""
+    """Keep only the last added row of each key."""
     rows = table.search().select(key).with_row_id(True).limit(None).to_arrow()
     last = rows.group_by(key).aggregate([("_rowid", "max"), ("_rowid", "count")])
     if last.num_rows == rows.num_rows:
@@ -766,13 +766,13 @@ def remove_doubles(table, key):
     kept = last.column("_rowid_max")
     doubles = pc.filter(rows.column("_rowid"), pc.invert(pc.is_in(rows.column("_rowid"), kept))).to_pylist()
     for first in range(0, len(doubles), 1000):
-        # The number of a row is never given to another: what another process took out already is not found.
+        # Row ids are never reused: a row that another process has removed is simply not found.
         condition = f"_rowid IN ({', '.join(map(str, doubles[first : first + 1000]))})"
         _retry(table.delete, condition)
 
 
-# By this in their metadata, LanceDB knows the columns of a primary key: of two transactions that insert the same key,
-# the later one is repeated, and finds the row of the other.
+# This metadata marks the columns of a primary key for LanceDB: of two transactions that insert the same key, the later
+# one is repeated and finds the row of the other.
 PRIMARY_KEY, POSITION = b"lance-schema:unenforced-primary-key", b"lance-schema:unenforced-primary-key:position"
 
 
@@ -794,7 +794,7 @@ def _set_key(table, key):
 
 
 def _retry(transaction, *args, **options):
-    """Do what changes a table; again where another process's change came first."""
+    """Run a transaction, and repeat it if it conflicts with that of another process."""
     for attempt in range(MOST_ATTEMPTS):
         try:
             return transaction(*args, **options)
@@ -802,7 +802,7 @@ def _retry(transaction, *args, **options):
             others = re.search("conflict|concurrent|already exists", str(error), re.IGNORECASE)
             if not others or attempt == MOST_ATTEMPTS - 1:
                 raise
-            time.sleep(random.random() * min(0.05 * 2**attempt, 2))  # not all at once again
+            time.sleep(random.random() * min(0.05 * 2**attempt, 2))  # so that processes do not retry at the same time
 
 
 @contextmanager
@@ -812,14 +812,14 @@ def _store_errors(uri):
     except (FileNotFoundError, RuntimeError) as error:
         if isinstance(error, FileNotFoundError) and "lance error" not in str(error):
             raise
-        reason = re.split(r", \S+\.rs:\d+", str(error))[0][:500]  # where in LanceDB's own code
+        reason = re.split(r", \S+\.rs:\d+", str(error))[0][:500]  # without the location in LanceDB's code
         raise ValueError(
             f"{uri} cannot be opened as an index; it is damaged or cannot be written: {reason}"
         ) from error
 
 
 def _cut_before(known):
-    """Tile and overlap that the rows of a file were cut with; (None, 0) where it is whole or new."""
+    """Tile and overlap with which a file was indexed; (None, 0) if it is whole or new."""
     found = [re.fullmatch(r"(\d+) pixels, overlap (\S+)", tiling) for _, tiling, *_ in sorted(known)]
     tile, overlap = next((match.groups() for match in found if match), (None, 0))
     return (int(tile), float(overlap)) if tile else (None, 0)
