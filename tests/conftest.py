@@ -11,7 +11,7 @@ PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl: grandchildren whose parent was 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_process_is_left():
-    """End what the tests started and did not end: fork servers, and children of processes that were killed."""
+    """Stop processes that the tests left: fork servers, and children of processes that were killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     before = set(psutil.Process().children(recursive=True))

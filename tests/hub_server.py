@@ -39,14 +39,14 @@ class Hub:
         return sha
 
     def files(self, name, revision="main"):
-        """Path -> bytes at a commit or at the newest, or None where there is no such commit."""
+        """Path -> bytes at a commit or at the newest, or None if there is no such commit."""
         if revision == "main":
             return self.commits[name][-1][1]
         return dict(self.commits[name]).get(revision)
 
 
 def describe_path(path, files):
-    """One entry of a tree: a file, or a folder where no file has that path."""
+    """One entry of a tree: a file, or a folder if no file has that path."""
     oid = hashlib.sha1(files.get(path, path.encode())).hexdigest()
     if path in files:
         return {"type": "file", "path": path, "size": len(files[path]), "oid": oid}

@@ -30,7 +30,7 @@ from processing_ieft import IeftImageProcessor, IeftProcessor
 CONTRASTIVE = {"contrastive_weight": 1.0, "mining_start": 0.3}
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["small_training"])
-# Read by the process that is forked from, which does not look at sys.path.
+# For the fork server, which does not use sys.path.
 HERE = Path(__file__).parent
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
 
@@ -53,12 +53,12 @@ def finish(*processes, seconds=900):
 
 
 def run(folder, **options):
-    """Train in a process of its own: its exit code."""
+    """Train in a separate process: its exit code."""
     return finish(start(folder, **options))[0]
 
 
 def run_ranks(folder, world, **options):
-    """The same on `world` processes that work together, with the environment that torchrun gives: exit codes."""
+    """Train with `world` processes, with the environment of torchrun: their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -70,7 +70,7 @@ def final_weights(folder):
 
 
 def assert_same_bits(one, other):
-    """The weights that were best, and those of the last step."""
+    """The best weights, and those of the last step."""
     last = [load_file(Path(find_last_checkpoint(folder)[0]) / "model.safetensors") for folder in (one, other)]
     for first, second in ((final_weights(one), final_weights(other)), last):
         differing = [name for name in first if not torch.equal(first[name], second[name])]
@@ -175,7 +175,7 @@ def die_after_step(trainer, step):
 
 
 def die_in_write(trainer, which):
-    """In the midst of a file: the `which`th that torch or safetensors write, from 0, is left half as long."""
+    """Within a file: the `which`th (from 0) that torch or safetensors write is truncated to half its size."""
     import transformers.modeling_utils
 
     counted = {"files": 0}
@@ -195,7 +195,7 @@ def die_in_write(trainer, which):
 
 
 def die_in_publishing(trainer, which):
-    """Around a checkpoint's rename: `which` 0 just before the first, 0.5 just after it, 1 just before the second."""
+    """Around the rename of a checkpoint: `which` 0 is before the first, 0.5 after it, 1 before the second."""
     counted, replace = {"renames": 0}, checkpoints.os.replace
 
     def rename(source, target):
@@ -213,7 +213,7 @@ def die_in_publishing(trainer, which):
 
 
 def die_in_rotation(trainer, which):
-    """While an old checkpoint is deleted, half of its files gone."""
+    """While an old checkpoint is deleted, with half of its files gone."""
     import transformers.trainer_utils
 
     def delete_half(folder, **options):
@@ -226,7 +226,7 @@ def die_in_rotation(trainer, which):
 
 
 def die_in_evaluation(trainer, which):
-    """After the `which`th evaluation has scored, from 0, before its result is remembered."""
+    """After the `which`th evaluation (from 0) has scored, before its result is recorded."""
     counted, recalls = {"evaluations": 0}, trainer.recalls
 
     def recall_or_die(*arguments):

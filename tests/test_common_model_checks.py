@@ -17,7 +17,7 @@ def make(architecture=IeftForImageTextRetrieval, **changes):
 
 
 def tensors_of(output):
-    """The tensors of a tuple or dict output, nested tuples opened, those that are None left out."""
+    """The tensors of a tuple or dict output, with nested tuples flattened and None omitted."""
     values = output if isinstance(output, tuple) else output.to_tuple()
     flat = []
     for value in values:

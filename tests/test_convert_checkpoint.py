@@ -25,7 +25,7 @@ PUBLISHED_SHAPES = json.loads((GOLDEN_FOLDER / "parameter_shapes.json").read_tex
 
 
 def write_vocabulary(folder, size):
-    """A tokenizer folder of BERT's kind."""
+    """A folder with a BERT tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "river", "house"]
     words += [f"word{number}" for number in range(size - len(words))]
@@ -39,7 +39,7 @@ def tokenizer(tmp_path):
 
 
 def tiny_published(with_stages=True, **more):
-    """A state dict in the published layout, all 12 blocks and everything that never runs, at tiny sizes."""
+    """A state dict in the published layout, with all 12 blocks and all unused tensors, at tiny sizes."""
     state_dict = {}
     for name, shape in PUBLISHED_SHAPES:
         own_to_ieft = name.startswith(("local_net.", "transformer.SE_blocks.", "rank_output."))

@@ -61,7 +61,7 @@ def attend(query, key, value, mask=None):
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("batch, tokens, heads, width", [(1, 1, 1, 1), (2, 7, 3, 8), (1, 33, 2, 12), (3, 160, 2, 64)])
 def test_it_is_attention(batch, tokens, heads, width, instructions, monkeypatch):
-    """Of any size, with whatever registers there are: fewer tokens than a register holds, and one too many."""
+    """Any size with any registers: fewer tokens than a register holds, and one more."""
     if instructions != "native":
         monkeypatch.setattr(compiled, "OPTIONS", (*compiled.OPTIONS, instructions))
     sides = draw(batch, tokens, heads, width)

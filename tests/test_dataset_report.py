@@ -12,7 +12,7 @@ from prepare_datasets import main
 
 
 def best_scores(captions_per_image):
-    """The best a model can do: every sentence ranks the images that carry it first, in one order."""
+    """The best possible ranking: every sentence ranks the images that carry it first, in one order."""
     captions, caption_image, text_id = keep_unique_captions(captions_per_image)
     scores = np.zeros((len(captions_per_image), len(captions)))
     for row, image in enumerate(caption_image):
@@ -38,7 +38,7 @@ def test_ceilings_by_hand():
 
 
 def photograph(seed):
-    """A picture of large and small structure, as photographs are."""
+    """An image with coarse and fine structure, like a photograph."""
     generator = np.random.default_rng(seed)
     picture = sum(np.asarray(Image.fromarray(generator.random((side, side)).astype(np.float32)).resize((128, 128)))
                   for side in (4, 8, 16, 32))  # fmt: skip

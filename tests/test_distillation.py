@@ -54,7 +54,7 @@ def test_gradients_are_finite_where_entries_are_left_out():
 
 
 def with_teacher(trainer):
-    """A teacher of other weights, and sure of itself, for a trainer, both without dropout."""
+    """A trainer and a confident teacher with other weights, both without dropout."""
     torch.manual_seed(5)
     teacher = IeftForImageTextRetrieval(trainer.model.config)
     with torch.no_grad():

@@ -22,7 +22,7 @@ def say(colour):
 
 
 def draw_squares(draw):
-    """An image of two squares, a patch each, on black: PIL, their colours, their places in raster order."""
+    """An image of two squares of one patch each on black: PIL image, colours, places in raster order."""
     pixels = np.zeros((GRID * PATCH, GRID * PATCH, 3), np.uint8)
     colours, places = draw.choice(list(COLOURS), 2, replace=False), draw.choice(GRID**2, 2, replace=False)
     for colour, (row, column) in zip(colours, np.stack(np.divmod(places, GRID), axis=1) * PATCH, strict=True):
@@ -67,7 +67,7 @@ def model(processor):
 
 
 def pairs_of(count):
-    """Images with a true caption and the place that it speaks of."""
+    """Images with a matching caption and the place that it describes."""
     draw = np.random.default_rng(1)
     for _ in range(count):
         image, colours, places = draw_squares(draw)
@@ -75,7 +75,7 @@ def pairs_of(count):
 
 
 def hide(image, places):
-    """The image with some patches in black."""
+    """The image with some patches painted black."""
     pixels = np.array(image)
     for row, column in np.stack(np.divmod(places, GRID), axis=1) * PATCH:
         pixels[row : row + PATCH, column : column + PATCH] = 0

@@ -99,7 +99,7 @@ def test_no_pickle_is_executed(tmp_path, way, capsys):
 
 
 def test_a_tensor_larger_than_its_numbers_is_refused(tmp_path):
-    """A few bytes with a stride of 0 pass for any shape, and are as large as that once copied."""
+    """A few bytes with a stride of 0 can have any shape, and take its full size once copied."""
     torch.save({"state_dict": {"a": torch.zeros(1).expand(10**12)}}, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="holds fewer numbers"):
         read_tensors(tmp_path / "a.ckpt")
@@ -141,7 +141,7 @@ def test_a_safetensors_header_that_lies(tmp_path, content):
 
 
 def test_a_small_checkpoint_builds_no_large_network(tmp_path):
-    """Sizes are read off the shapes: a position table of width 1 would ask for terabytes of channel attention."""
+    """Sizes are inferred from shapes: a position table of width 1 would need terabytes of channel attention."""
     shapes = {"transformer.pos_embed": (1, 2**18 + 1, 1), "transformer.patch_embed.proj.weight": (1, 1, 1, 1)}
     torch.save(tiny_published() | {name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="patches"):
@@ -347,7 +347,7 @@ def test_a_caption_that_is_no_text(index, caption):
 
 
 def test_trust_remote_code_is_never_switched_on():
-    """But in a checkpoint's own code, whose user has agreed to run it: IS_HUB_CODE."""
+    """Except in a checkpoint's own code, which the user has agreed to run: IS_HUB_CODE."""
     found = []
     for path in [
         *ROOT.glob("*.py"),

@@ -48,7 +48,7 @@ PNG = PNG.getvalue()
 
 @st.composite
 def damaged(draw, seeds):
-    """A whole input with some bytes changed, cut out, doubled or put in."""
+    """A valid input with some bytes changed, deleted, repeated or inserted."""
     data = bytearray(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(0, 4))):
         start = draw(st.integers(0, len(data)))
@@ -181,11 +181,11 @@ def test_captions_of_any_characters(caption):
     call(TARGETS["captions"][0], caption.encode("utf-8", "surrogatepass"))
 
 
-# Limits are tried in a process that would be ended -------------------------------------------------------------------
+# Limits are tested in a process that may be killed -----------------------------------------------------------------
 
 
 def run_limited(code, *arguments, seconds=60, gigabytes=16):
-    """Python code in a process with so much address space and CPU time: what it printed."""
+    """Run Python code in a process with limits on address space and CPU time: what it printed."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
@@ -203,7 +203,7 @@ def run_limited(code, *arguments, seconds=60, gigabytes=16):
 
 
 def raw_tar(*members):
-    """A tar of (name, size as stated, type, content, further fields)."""
+    """A tar of (name, declared size, type, content, further fields)."""
     blocks = b""
     for name, size, kind, content in members:
         header = tarfile.TarInfo(name)
@@ -218,7 +218,7 @@ def raw_tar(*members):
 
 @pytest.mark.parametrize("read", ["extract(sys.argv[1], sys.argv[2])", "tar_members(sys.argv[1])"])
 def test_a_tar_that_goes_back_over_itself_ends(tmp_path, read):
-    """A negative size takes Python's own reader back to the same header for ever (CVE-2025-8194)."""
+    """With a negative size, Python's reader returns to the same header forever (CVE-2025-8194)."""
     (tmp_path / "a.tar").write_bytes(raw_tar(("a", 0, tarfile.REGTYPE, b""), ("b", -1024, tarfile.REGTYPE, b"")))
     code = f"from ieft.data.archives import extract, tar_members; print({read})"
     assert "a header of -1,024 bytes" in run_limited(code, tmp_path / "a.tar", tmp_path / "out", seconds=20)
@@ -244,7 +244,7 @@ def test_a_tar_is_not_cut_short_by_a_damaged_header(tmp_path):
 
 
 def test_a_sparse_member_of_a_webdataset_is_refused(tmp_path):
-    """Its stated size, here eight terabytes, would be reserved before it is read."""
+    """Its declared size, here eight terabytes, would be allocated before it is read."""
     block = bytearray(raw_tar(("a.png", 512, tarfile.GNUTYPE_SPARSE, b"x" * 512)))
     block[483:495] = tarfile.itn(2**43, 12, tarfile.GNU_FORMAT)
     block[148:156] = b"        "
@@ -266,7 +266,7 @@ def test_two_samples_of_one_name_in_a_webdataset_are_an_error(tmp_path):
 
 @pytest.mark.parametrize("ending", ["zip", "tar.gz", "tar.xz", "tar.bz2"])
 def test_damage_anywhere_in_an_archive_is_an_error_of_ours(tmp_path, ending):
-    """zlib, lzma and bz2 have errors of their own."""
+    """zlib, lzma and bz2 raise their own kinds of errors."""
     path = tmp_path / f"a.{ending}"
     files = {"a": os.urandom(3000)}
     write_zip(path, files) if ending == "zip" else write_tar(path, files, f"w:{ending[4:]}")
@@ -280,7 +280,7 @@ def test_damage_anywhere_in_an_archive_is_an_error_of_ours(tmp_path, ending):
 
 
 def test_an_archive_unpacks_to_so_many_times_its_size(tmp_path, monkeypatch):
-    """A zip of a few kilobytes may not fill the disk up to the limit that is there for large datasets."""
+    """A zip of a few kilobytes must not fill the disk up to the limit for large datasets."""
     archive = write_zip(tmp_path / "a.zip", {str(number): bytes(3_000_000) for number in range(3)})
     monkeypatch.setattr("ieft.data.archives.MAX_RATIO", 100)
     monkeypatch.setattr("ieft.data.archives.FREE_BYTES", 4_000_000)

@@ -20,7 +20,7 @@ from processing_ieft import IeftImageProcessor, IeftProcessor
 
 ROOT = Path(__file__).parent.parent
 CAPTIONS = ["a red house beside a river .", "two ships in a harbour .", "two red ships ."]
-# The virtual environment of the tests has the project installed: these names are taken away.
+# The project is installed in the environment of the tests: these modules are hidden.
 WITHOUT_PROJECT = """
 import sys
 for name in ("ieft", "configuration_ieft", "layers_ieft", "modeling_ieft", "pipeline_ieft", "processing_ieft",
@@ -56,7 +56,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A saved model and its processor, an image, and what the model gives for it."""
+    """A saved model and its processor, an image, and the model's output for it."""
     folder = tmp_path_factory.mktemp("saved")
     torch.manual_seed(0)
     tokenizer = BertTokenizer().train_new_from_iterator(CAPTIONS, vocab_size=60)

@@ -65,7 +65,7 @@ def saved(tmp_path_factory):
 
 
 def run_elsewhere(script, *arguments, folder, address, with_project):
-    """A script in a process of its own, an empty folder, a fresh cache and this Hub; what it printed."""
+    """Run a script in its own process with an empty folder, an empty cache and this Hub; what it printed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     environment |= {"HF_ENDPOINT": address, "HF_TOKEN": "anything", "HF_HOME": str(folder / "cache")}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}

@@ -17,7 +17,7 @@ from processing_ieft import stretch_to_bytes, to_rgb
 
 ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(0)
-# A scene as sensors give it: reflectances in a small part of 16 bits, (C, H, W).
+# A scene as from a sensor: reflectances in a small part of the 16-bit range, (C, H, W).
 REFLECTANCE = (RNG.random((13, 40, 56)).cumsum(2) * 60 + 300 * np.arange(1, 14)[:, None, None]).astype(np.uint16)
 BYTES = RNG.integers(0, 256, (3, 40, 56), dtype=np.uint8)
 
@@ -278,7 +278,7 @@ for path, bands in zip(sys.argv[1:], (None, (4, 3, 2))):
 
 
 def test_huge_images_are_read_in_bounded_memory(tmp_path):
-    """By how many MB the peak of a fresh process rises."""
+    """The increase in MB of the peak memory of a new process."""
     Image.new("RGB", (6000, 6000), "green").save(tmp_path / "a.jpg")  # 108 MB as an array
     with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", count=13, dtype="uint16", width=6000, height=6000,
                        tiled=True, blockxsize=512, blockysize=512, SPARSE_OK=True) as scene:  # fmt: skip

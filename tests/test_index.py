@@ -194,7 +194,7 @@ def draw_vectors(count, draw):
 
 
 def part_found(index, queries):
-    """Which part of the ten nearest by comparison is among the ten of the vector index."""
+    """The recall of the ten exact nearest by the vector index."""
     found = [[hit["file"] for hit in index.shortlist(query, 10)] for query in queries]
     vectors = {row["file"]: row["vector"] for row in index.rows(columns=["file", "vector"])}
     files, products = list(vectors), queries @ np.array(list(vectors.values())).T
@@ -215,7 +215,7 @@ def test_the_vector_index_finds_what_the_comparison_does(index, monkeypatch):
 
 
 def test_the_vector_index_keeps_its_partitions_when_rows_are_added(index, monkeypatch):
-    """Joined into a few large ones, all would be looked into, and a query over a million rows be five times slower."""
+    """If partitions were merged into a few large ones, all would be searched, five times slower for a million rows."""
     monkeypatch.setattr(index_module, "FEWEST_FOR_VECTOR_INDEX", 1000)
     monkeypatch.setattr(index_module, "PARTITION_ROWS", 64)
     monkeypatch.setattr(index_module, "PROBES", 1)
@@ -310,7 +310,7 @@ def test_a_scene_is_indexed_by_tiles_and_they_are_one_unit(index, scene, archive
 
 
 def test_a_tile_is_embedded_and_re_ranked_as_its_own_picture(index, loaded, scene):
-    """The slow twin reads all of the scene and cuts it."""
+    """The reference implementation reads the whole scene and cuts it."""
     from ieft.search.tiles import Scene, Window
 
     index.add([scene], tile=32)

@@ -36,7 +36,7 @@ def open_rooted(tmp_path, loaded, archive, name="index"):
 
 
 def described(index):
-    """What an index holds, without what depends on when it was written."""
+    """The content of an index, without what depends on the time of writing."""
     rows = index.rows(columns=["file", "col", "row", "content", "tiling", "width", "vector"])
     return sorted(
         (*(row[name] for name in row if name != "vector"), np.round(row["vector"], 4).tolist()) for row in rows
@@ -56,7 +56,7 @@ def start_writer(*arguments):
 
 
 def test_three_writers_with_random_kills_make_the_index_of_one(tmp_path, checkpoint, loaded, archive):
-    """All index the same folder at once; two of them are killed somewhere, and begin again."""
+    """All index the same folder at the same time; two of them are killed at some moment, and start again."""
     for file in find_images(archive)[10:]:
         file.unlink()
     write_scene(archive / "scene.tif", np.random.default_rng(3).integers(0, 4000, (3, 40, 72), np.uint16))
@@ -85,7 +85,7 @@ def test_three_writers_with_random_kills_make_the_index_of_one(tmp_path, checkpo
 
 
 def test_two_transactions_that_insert_one_key_leave_one_row(tmp_path, loaded, archive):
-    """Both have looked, and found nothing, before either writes."""
+    """Both have searched, and found nothing, before either writes."""
     first, second = (open_rooted(tmp_path, loaded, archive) for _ in range(2))
     reports = [{"added": 0, "unchanged": 0, "unreadable": {}} for _ in range(2)]
     names = [first._name(file) for file in find_images(archive)]

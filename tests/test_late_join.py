@@ -15,7 +15,7 @@ JOINS = range(NUM_BLOCKS)
 
 
 def make_model(join, **changes):
-    """Equal weights for every join."""
+    """Equal weights for every fusion layer."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 50, "hidden_size": 24, "num_hidden_layers": NUM_BLOCKS, "num_attention_heads": 2,
@@ -35,7 +35,7 @@ def make_inputs(num_pairs=3, length=7):
 
 
 def block_by_block(model, join, input_ids, attention_mask, pixel_values):
-    """The whole pair in every block, a mask between caption and image below the join: scores (B,), states."""
+    """The whole pair in every block, masked between caption and image below the fusion layer: scores (B,), states."""
     network = model.vilt
     text = network.embeddings.mark_captions(network.embed_captions(input_ids))
     image = network.embeddings.mark_images(network.embed_images(pixel_values))
@@ -101,7 +101,7 @@ def test_any_pairing_equals_row_by_row(join):
 
 @torch.no_grad()
 def test_the_published_network_keeps_its_bits():
-    """The join at 0, as stored before there was a choice, and as the blocks one after another give it."""
+    """Fusion layer 0, as stored before there was a choice, and as computed block by block."""
     model, inputs = make_model(0), make_inputs()
     network = model.vilt
     text = network.embeddings.mark_captions(network.embed_captions(inputs["input_ids"]))
@@ -195,7 +195,7 @@ def test_bfloat16_scores_nearly_the_same(join, monkeypatch):
 
 
 def test_images_are_never_copied_for_their_pairs(monkeypatch):
-    """One pass for an image and all its captions, of whatever length: as many groups as images."""
+    """One pass for an image and all its captions of any length: as many groups as images."""
     model, (images, captions) = make_model(NUM_BLOCKS - 1), make_sides()
     seen, original = [], IeftForImageTextRetrieval.score_groups
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Package -> the packages that it may import, beside itself and the Hub files. Commands may import all of them.
+# Package -> the packages that it may import, besides itself and the Hub files. Commands may import all of them.
 MAY_IMPORT = {
     "data": set(),
     "cpu": set(),

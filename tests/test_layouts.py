@@ -229,7 +229,7 @@ def test_what_systems_leave_in_a_zip_is_no_content(tmp_path, left):
 
 
 def test_names_in_zips_of_windows(tmp_path):
-    """Backslashes part folders, and UTF-8 is written without the flag that says so."""
+    """Backslashes separate folders, and UTF-8 is written without its flag."""
     name = "images/Köln.png"
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("set\\", b"")

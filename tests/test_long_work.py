@@ -11,7 +11,7 @@ STEPS, EVERY = 60, 5  # six epochs, with a ranking and a checkpoint every fifth 
 
 
 def measured(folder):
-    """In a process of its own, so that nothing else is counted."""
+    """Run in its own process, so that nothing else is measured."""
     (Path(folder) / "samples.json").write_text(json.dumps(measure(folder, STEPS, every=EVERY)))
 
 

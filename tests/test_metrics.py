@@ -15,7 +15,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden_metrics.json").r
 
 
 def slow_recalls(scores, caption_image, caption_text_id):
-    """Every query, every order of its ties, a full sort: strict and duplicate-aware recalls in percent."""
+    """Strict and duplicate-aware recalls in percent, by a full sort for every query and every order of its ties."""
     num_images, num_captions = scores.shape
     texts = [{caption_text_id[c] for c in range(num_captions) if caption_image[c] == i} for i in range(num_images)]
     rights = {
@@ -35,7 +35,7 @@ def slow_recalls(scores, caption_image, caption_text_id):
 
 
 def slow_hit(scores, right, k):
-    """The share of all orders of the items that agree with the scores in which a right item is among the first k."""
+    """Among all orders of the items that agree with the scores, the share with a relevant item in the first k."""
     levels = [np.flatnonzero(scores == level) for level in sorted(set(scores.tolist()), reverse=True)]
     before = 0
     for level in levels:

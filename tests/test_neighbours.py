@@ -17,7 +17,7 @@ class Items(SimpleNamespace):
 
 @pytest.fixture(scope="module")
 def items():
-    """Forty hard scenes, as `TrainingItems` has them, with words for tokens."""
+    """Forty hard scenes like `TrainingItems`, with words as tokens."""
     captions = [caption for index in range(40) for caption in draw_twin(0, index).captions]
     text_id = np.unique(captions, return_inverse=True)[1]
     return Items(
@@ -36,7 +36,7 @@ def sampler(items):
 
 
 def slow_similarity(captions, one, other):
-    """Cosine of two bags of words, weighed by how few captions have each."""
+    """Cosine similarity of two bags of words with IDF weights."""
     weights = {
         word: math.log(len(captions) / sum(word in caption for caption in captions))
         for word in {word for caption in captions for word in caption}

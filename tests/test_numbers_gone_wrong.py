@@ -15,7 +15,7 @@ from ieft.training.checkpoints import explained_if_not_written, find_last_checkp
 
 
 def at(trainer, event, step, call):
-    """Call something at one moment of one step."""
+    """Call a function at one moment of one step."""
 
     def act(self, args, state, control, **kwargs):
         if state.global_step == step:
@@ -25,7 +25,7 @@ def at(trainer, event, step, call):
 
 
 def poisoned(trainer, item):
-    """The items, the image of one of which has a pixel that is no number."""
+    """Training items in which one image has a pixel that is not finite."""
     get = trainer.train_dataset.__getitem__
 
     class Poisoned(type(trainer.train_dataset)):
@@ -98,7 +98,7 @@ def test_weights_that_overflow_are_never_saved(tmp_path):
     assert_checkpoints_are_numbers(tmp_path, "checkpoint-4")
 
 
-# Float16: Accelerate has none on CPUs, so its loss scaler alone is put in, with gradients in float32.
+# Float16: Accelerate does not support it on CPUs, so only its loss scaler is used, with gradients in float32.
 
 
 def test_gradients_that_overflow_are_left_out_and_the_scale_falls(tmp_path):
@@ -130,7 +130,7 @@ def test_gradients_that_no_scale_helps_stop_the_run(tmp_path):
 
 
 def limit_file_sizes(trainer):
-    """From the fourth step on no file may grow beyond 60 kB: writing fails as on a full disk."""
+    """From the fourth step on, no file may exceed 60 kB: writing fails as on a full disk."""
     size = 60_000
     at(trainer, "on_step_begin", 4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
 

@@ -57,7 +57,7 @@ def with_orientation(path, orientation):
 
 
 def with_exif_that_cannot_be_written(path):
-    """As some drones write it: a resolution in text, which Pillow reads and cannot write as a number."""
+    """EXIF as written by some drones: a resolution as text, which Pillow reads but cannot write as a number."""
     buffer = io.BytesIO()
     Image.fromarray(SMOOTH.transpose(1, 2, 0)).save(buffer, "JPEG", quality=95)
     orientation = b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00"  # 6

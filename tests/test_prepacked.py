@@ -79,7 +79,7 @@ def test_memory_is_kept_meanwhile_and_given_back_afterwards():
 
 @needs_bf16
 def test_bfloat16_ranks_as_float32_on_the_published_network():
-    """Spearman's rank correlation over captions enough that neighbours changing places are no more than that."""
+    """Spearman's rank correlation, over so many captions that swaps of neighbours hardly change it."""
     model = IeftForImageTextRetrieval(IeftConfig()).eval()
     model.load_state_dict(rename_published(make_published_state_dict(0))[0])
     draw = np.random.default_rng(0)

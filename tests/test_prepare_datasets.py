@@ -27,13 +27,13 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """Prepared splits of the tests stay out of the user's cache."""
+    """Keep prepared splits of the tests out of the user's cache."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def write_folder(folder, *, annotations="dataset.json", images="images", suffix=".jpg",
                  splits=("train", "val", "test"), count=10):  # fmt: skip
-    """A small dataset in the distributed format, `count` images a split."""
+    """A small dataset in the distributed format, `count` images per split."""
     (folder / images).mkdir(parents=True)
     entries = []
     for split in splits:
@@ -361,7 +361,7 @@ def test_a_push_to_the_hub_comes_back_by_its_name(tmp_path):
 
 
 def write_caption_rows(folder, order):
-    """A Hub dataset of one caption a row: the images by number, in an order."""
+    """A Hub dataset with one caption per row: the images by number, in the given order."""
     images = [to_bytes(Image.new("RGB", (8, 8), (40 * number, 90, 10))) for number in range(3)]
     rows = [{"image": {"bytes": images[number], "path": None}, "caption": f"field {number}, sentence {place} ."}
             for place, number in enumerate(order)]  # fmt: skip

@@ -24,7 +24,7 @@ from ieft.training.distributed import process_count, process_rank
 
 ROOT = Path(__file__).parent.parent
 BATCH = 8
-# Loss settings, and how far training has come: before the ranking loss, with random groups, with mined ones.
+# Loss settings, and progress of training: before the ranking loss, with random groups, with mined groups.
 CASES = {
     "contrastive alone": ({"contrastive_weight": 0.5}, 0.0),
     "random groups": ({"contrastive_weight": 0.5}, 0.2),
@@ -37,7 +37,7 @@ CASES = {
 
 
 def gradients_of_one_batch(folder):
-    """In a process: loss and gradients of its share of one batch, averaged as in training, for each case."""
+    """In a process: loss and gradients of its part of one batch, averaged as in training, for each case."""
     found = {}
     for name, (options, progress) in CASES.items():
         trainer = make_trainer(folder, dropout=0.0, **options)
@@ -56,7 +56,7 @@ def gradients_of_one_batch(folder):
 
 
 def scores_then_training(folder, **options):
-    """In a process: scores before anything is learnt, then a training."""
+    """In a process: scores before training, then a training."""
     from small_training import train
 
     def keep_scores(trainer):
@@ -103,7 +103,7 @@ def test_scores_are_the_same_bits_on_every_process(of_worlds):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_training_is_the_same_for_the_same_batch(of_worlds, world):
-    """Two epochs without dropout; what is left between them is the order of sums."""
+    """Two epochs without dropout; the only difference is the order of summation."""
     assert losses(of_worlds[world]) == pytest.approx(losses(of_worlds[1]), rel=1e-4) and len(losses(of_worlds[1])) == 8
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Networks this small only lose by threads that wait for each other."""
+    """Use one thread: networks this small only get slower with more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +50,7 @@ def make_sides(num_images=5, num_captions=9):
 
 @torch.no_grad()
 def slow_matrix(model, images, captions):
-    """One pair at a time through the plain forward pass."""
+    """Score one pair at a time by the plain forward pass."""
     model.eval()
     rows = [
         [model(torch.tensor([caption]), pixel_values=image[None]).logits.item() for caption in captions]
@@ -213,7 +213,7 @@ def test_the_bar_counts_pairs(capsys):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """The number of pairs each forward pass scored."""
+    """The number of pairs scored by each forward pass."""
     passes, original = [], IeftForImageTextRetrieval.score_prepared
 
     def counted(self, captions, images):

@@ -149,7 +149,7 @@ def training_log(evaluated):
 
 
 def ink(path, colour):
-    """Columns of a picture that hold a colour, as shares of its width."""
+    """Columns of an image that contain a colour, as fractions of its width."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     columns = np.flatnonzero((abs(pixels - colour).max(axis=-1) < 30).any(axis=0))
     return columns / pixels.shape[1]

@@ -16,7 +16,7 @@ import run_retrieval
 from ieft.training.checkpoints import find_damage, find_last_checkpoint
 from ieft.training.trainer import IeftTrainingArguments
 
-# 32 captions in batches of 4: 8 steps an epoch, 12 in all, a checkpoint and an evaluation every second one.
+# 32 captions in batches of 4: 8 steps per epoch, 12 in total, a checkpoint and an evaluation every second step.
 SETTINGS = {
     "contrastive": CONTRASTIVE,
     "published": {},
@@ -32,7 +32,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def unharmed(tmp_path_factory):
-    """Setting -> the folder of a run that nobody killed; all run at once."""
+    """Setting -> the folder of an uninterrupted run; all run in parallel."""
     folders = {name: tmp_path_factory.mktemp(name) for name in SETTINGS}
     codes = finish(*(start(folders[name], **SETTINGS[name]) for name in SETTINGS))
     assert codes == [0] * len(SETTINGS), [(folder / "printed0.txt").read_text()[-2000:] for folder in folders.values()]
@@ -91,7 +91,7 @@ def test_the_best_and_the_last_checkpoint_stay(unharmed):
 
 
 def test_the_whole_command_killed_at_random_moments_ends_in_the_same_bits():
-    """A short version of the soak, which fails by itself where bits differ."""
+    """A short version of the soak test, which fails if bits differ."""
     root = Path(__file__).parent.parent
     command = [sys.executable, "benchmarks/soak_resume.py", "--kills", "2", "--settings", "published"]
     environment = os.environ | {"PYTHONPATH": str(root)}
@@ -106,7 +106,7 @@ def test_the_whole_command_killed_at_random_moments_ends_in_the_same_bits():
 
 @pytest.fixture
 def copied(unharmed, tmp_path):
-    """A finished run's folder with two checkpoints, its own to spoil: and the last of them."""
+    """A copy of a finished run's folder with two checkpoints, which a test may damage, and the last of them."""
     folder = shutil.copytree(unharmed["published"], tmp_path / "copied")
     last, damages = find_last_checkpoint(folder)
     assert not damages and Path(last).name == "checkpoint-12"

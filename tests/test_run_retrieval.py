@@ -30,7 +30,7 @@ RECALLS = [f"{way}_r{k}" for way in ("ir", "tr") for k in (1, 5, 10)] + ["mean_r
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder that a short training has filled, and what it printed."""
+    """The output folder of a short training, and what it printed."""
     folder = tmp_path_factory.mktemp("run")
     command = [sys.executable, "run_retrieval.py", *SMALL, "--output_dir", str(folder), "--max_steps", "4",
                "--eval_steps", "2", "--save_steps", "2"]  # fmt: skip
@@ -101,7 +101,7 @@ def test_two_processes_give_the_same_recalls_as_one(trained, tmp_path):
 
 
 def test_two_processes_train_and_take_leave(tmp_path):
-    """A process that ends with its group open is aborted now and then, and the launcher calls the run failed."""
+    """A process that ends without destroying its group is sometimes aborted, and the launcher reports a failure."""
     script = tmp_path / "watched.py"
     script.write_text(
         "import atexit, runpy, torch.distributed as dist\n"
@@ -135,7 +135,7 @@ def test_push_to_hub_is_one_flag(trained, tmp_path):
 
 
 def test_other_datasets_are_ranked_without_the_images_trained_on(trained, tmp_path):
-    """One collection of five test images: three that the scenes' training split holds, re-encoded, and two new."""
+    """A collection of five test images: three re-encoded ones of the scenes' training split, and two new ones."""
     scenes = load_retrieval_dataset("scenes")
     pictures = [scenes["train"][row]["image"] for row in range(3)] + [scenes["test"][row]["image"] for row in (60, 61)]
     records = []
@@ -155,7 +155,7 @@ def test_other_datasets_are_ranked_without_the_images_trained_on(trained, tmp_pa
 
 
 def write_fields(folder, *, deep=False):
-    """Sixteen images a split: of 8 bits, or the same of 16 bits, which have to be stretched."""
+    """Sixteen images per split, of 8 bits, or of 16 bits, which have to be stretched."""
     folder.mkdir()
     records = []
     for split in ("train", "validation", "test"):

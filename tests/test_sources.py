@@ -364,7 +364,7 @@ def test_parquet_is_streamed_as_from_the_hub(tmp_path, caplog):
 
 
 def test_the_splits_of_the_hub_may_be_called_valid(tmp_path):
-    """As `arampacha/rsicd`: columns filename, captions and image, splits train, test and valid."""
+    """Like `arampacha/rsicd`: columns filename, captions and image, splits train, test and valid."""
     text = datasets.Value("string")
     columns = {"filename": text, "captions": datasets.List(text), "image": datasets.Image()}
     for wanted in COUNTS:

@@ -18,7 +18,7 @@ from ieft.data.tables import parse_cell
 
 pd = pytest.importorskip("pandas")
 
-# Captions with all that tables are made of; a backslash before a quote could be read in two ways and is refused.
+# Captions with all special characters of tables; a backslash before a quote is ambiguous and refused.
 CAPTION = st.text(alphabet="ab ,;|\"'\tü河.\n", min_size=1, max_size=25).filter(
     lambda text: text.strip("\" '\t\n,;|.[(")
 )
@@ -26,7 +26,7 @@ ROWS = st.lists(st.tuples(CAPTION, st.sampled_from(["train", "val", "test"])), m
 
 
 def excel(rows, *, sep, encoding="utf-8-sig", hint=False):
-    """As Excel saves: CRLF between rows, LF in cells, quotes where they are needed."""
+    """As saved by Excel: CRLF between rows, LF in cells, quotes if needed."""
     file = io.StringIO(newline="")
     csv.writer(file, delimiter=sep, lineterminator="\r\n").writerows([("image", "caption", "split"), *rows])
     return ((f"sep={sep}\r\n" if hint else "") + file.getvalue()).encode(encoding)
@@ -122,7 +122,7 @@ def test_each_type_of_parquet(tmp_path, kind):
 
 @pytest.mark.parametrize("image", ["path", "url", "bytes", "bytes and path", "bytes without path"])
 def test_captions_a_row_are_grouped_whatever_holds_the_image(tmp_path, image):
-    """In the parts of a table, too: five captions of each of six images, some in the next part."""
+    """Five captions of each of six images, some of them in the next part of the table."""
     held = {
         "path": lambda number: f"{number}.png",
         "url": lambda number: f"https://example.org/{number}.png",

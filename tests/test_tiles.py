@@ -15,7 +15,7 @@ from ieft.search.tiles import Scene, Window, cut_windows  # noqa: E402
 
 @pytest.fixture(params=["cut out of the whole", "read by window"])
 def any_size(request, monkeypatch):
-    """Small images are read whole and cut, large ones read by window: a test of both."""
+    """Test both ways: small images are read whole and cut, large ones are read by window."""
     if request.param == "read by window":
         monkeypatch.setattr(images, "MAX_PIXELS", 0)
     return request.param
@@ -63,7 +63,7 @@ def test_a_tile_is_what_the_image_shows_there(tmp_path, any_size):
 
 
 def test_all_tiles_of_a_scene_share_one_stretch(tmp_path, any_size):
-    """A ramp over 16 bits: each tile is the whole picture's stretch, cut; limits given again spare the reading."""
+    """A ramp over 16 bits: each tile is a part of the whole stretched image; known limits avoid a second read."""
     ramp = np.broadcast_to(np.linspace(1000, 9000, 400), (1, 100, 400)).astype(np.uint16)
     with Scene(write_scene(tmp_path / "ramp.tif", ramp)) as scene:
         whole = np.asarray(scene.read(Window(0, 0, 400, 100)))
@@ -115,7 +115,7 @@ print(len(windows), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 
 
 def test_a_huge_scene_is_read_in_little_memory(tmp_path):
-    """20,000 x 20,000 of 16 bits, 800 MB, the first blocks filled: the process grows by a small part of it."""
+    """20,000 x 20,000 of 16 bits, 800 MB, the first blocks filled: memory grows by a small part of it."""
     file = tmp_path / "huge.tif"
     profile = {"driver": "GTiff", "width": 20000, "height": 20000, "count": 1, "dtype": "uint16", "sparse_ok": True}
     with rasterio.open(file, "w", tiled=True, blockxsize=512, blockysize=512, **profile) as scene:

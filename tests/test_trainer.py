@@ -57,7 +57,7 @@ def first_batch(trainer, size=6):
 
 
 def slow_matching_loss(scores, is_match):
-    """Cross-entropy one row and one column at a time, other right pairs taken out of the list."""
+    """Cross-entropy one row and one column at a time, without other matching pairs."""
     losses = []
     for group, matches in zip(scores, is_match, strict=True):
         for own in range(len(group)):

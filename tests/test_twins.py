@@ -15,7 +15,7 @@ def families():
 
 
 def facts(plan):
-    """What a sentence can say of a plan, name by name."""
+    """The facts of a plan that a sentence can name."""
     said = {"ground": plan.ground, "sea": plan.sea}
     for place, thing in enumerate(plan.things):
         said |= {f"{field.name} {place}": value for field, value in zip(fields(thing), astuple(thing), strict=True)}

@@ -50,7 +50,7 @@ def shortlists(model, evaluation_set):
 
 @torch.no_grad()
 def slow_scores(model, evaluation_set):
-    """Similarity and matching score of every pair, one at a time: two (I, C)."""
+    """Similarity and matching score of every pair, computed one at a time: two (I, C)."""
     similarity, scores = np.empty((2, 12, 20), dtype=np.float32)
     for column, tokens in enumerate(evaluation_set.caption_tokens):
         ids = torch.tensor([tokens])
