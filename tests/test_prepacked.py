@@ -1,8 +1,11 @@
 """Tests of prepacked networks against the networks that they were made from."""
 
+import copy
 import ctypes
+import gc
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +18,10 @@ from torch import nn
 
 from configuration_ieft import IeftConfig
 from convert_checkpoint import rename_published
+from ieft.cpu import prepacked
 from ieft.cpu.attention import CPU_ATTENTION
 from ieft.cpu.prepacked import PrepackedLinear, can_prepack, prepack
-from ieft.evaluation.ranking import score_matrix
+from ieft.evaluation.ranking import score_matrix, score_pairs
 from modeling_ieft import IeftForImageTextRetrieval
 
 needs_mkldnn = pytest.mark.skipif(not can_prepack(make_model(), None), reason="this machine has no oneDNN")
@@ -50,6 +54,114 @@ def test_the_copy_scores_as_the_model_and_leaves_it_alone():
     assert model.config._attn_implementation != CPU_ATTENTION
     embeddings = model.vilt.embeddings.text_embeddings.word_embeddings.weight
     assert copy.vilt.embeddings.text_embeddings.word_embeddings.weight is embeddings  # shared, not stored twice
+
+
+def score(model):
+    images, captions = make_sides(2, 3)
+    return score_pairs(model, images, captions, [(0, 0), (1, 2)], progress=False)
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """Weak references to the copies that are made."""
+    made = []
+    make = prepacked.prepack
+
+    def prepack_and_note(*args):
+        copied = make(*args)
+        made.append(weakref.ref(copied))
+        return copied
+
+    monkeypatch.setattr(prepacked, "prepack", prepack_and_note)
+    return made
+
+
+def a_linear(model):
+    return model.vilt.encoder.layer[2].intermediate.dense
+
+
+def change_in_place(model):
+    with torch.no_grad():
+        a_linear(model).weight.mul_(2)
+
+
+def change_data(model):
+    a_linear(model).weight.data.mul_(2)
+
+
+def put_other_data(model):
+    """Twice, so that the second may lie where the first was."""
+    for _ in range(2):
+        a_linear(model).bias.data = torch.randn(48)
+
+
+def replace_module(model):
+    layer = model.vilt.encoder.layer[2].intermediate
+    layer.dense = nn.Linear(24, 48)
+
+
+def replace_activation(model):
+    model.vilt.encoder.layer[2].intermediate.activation = nn.ReLU()
+
+
+def load(model):
+    model.load_state_dict({name: tensor * 1.5 for name, tensor in model.state_dict().items()}, assign=True)
+
+
+def train(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.tensor([[3, 4]]), pixel_values=torch.rand(1, 3, 32, 32)).logits.sum().backward()
+    optimizer.step()
+
+
+def change_bias_alone(model):
+    with torch.no_grad():
+        model.rank_output.bias.add_(1)
+
+
+def change_configuration(model):
+    model.config.first_joint_layer = 1
+
+
+CHANGES = [
+    change_in_place, change_data, put_other_data, replace_module, replace_activation, load, train, change_bias_alone,
+    change_configuration,
+]  # fmt: skip
+
+
+@needs_mkldnn
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_kept_between_queries_scores_as_a_model_never_seen(change, copies):
+    torch.set_num_threads(1)
+    model = make_model().eval()
+    before = score(model)
+    assert np.array_equal(score(model), before) and len(copies) == 1
+    change(model)
+    after = score(model)
+    assert np.array_equal(after, score(copy.deepcopy(model))) and len(copies) == 3
+    assert not np.array_equal(after, before)
+    gc.collect()
+    assert copies[0]() is None
+
+
+@needs_mkldnn
+def test_what_is_kept_is_freed_with_the_model_in_training_and_in_other_types(copies):
+    model = make_model().eval()
+    before = score(model)
+    model.double()
+    np.testing.assert_allclose(score(model), before, atol=1e-5)
+    gc.collect()
+    assert copies[0]() is None
+    model.float()
+    assert np.array_equal(score(model), before) and len(copies) == 2
+    model.train()
+    assert np.array_equal(score(model), before) and len(copies) == 3
+    gc.collect()
+    assert copies[1]() is None and copies[2]() is None and model.training
+    score(model.eval())
+    del model
+    gc.collect()
+    assert copies[3]() is None
 
 
 PAGES_TAKEN_ANEW = """

@@ -8,6 +8,7 @@ import copy
 import ctypes
 import platform
 import sys
+import weakref
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +20,8 @@ from ieft.cpu.attention import CPU_ATTENTION
 GELUS = (nn.GELU, GELUActivation)
 TOKENS_EXPECTED = 2048  # the size of batch that the layout is chosen for; others work too
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
+ENTRIES_COMPARED = 16  # of each weight
+_kept = weakref.WeakKeyDictionary()  # model -> its state, its copy, and the weights it was made from
 
 
 def can_prepack(model, dtype):
@@ -54,6 +57,49 @@ def prepack(model, dtype=None):
             elif isinstance(child, nn.Conv2d) and child.groups > 1:
                 setattr(parent, name, copy.deepcopy(child).to(dtype))
     return fast
+
+
+def prepack_once(model, dtype=None):
+    """`prepack`, kept while the model lives and neither its weights, its configuration nor `dtype` change.
+
+    For a model in training mode the copy is made each time and not kept, since its weights are about to change.
+    """
+    if model.training:
+        forget(model)
+        return prepack(model, dtype)
+    state = _state(model, dtype)
+    kept = _kept.get(model)
+    if kept is None or kept[0] != state:
+        kept = None
+        forget(model)  # before the next copy is made
+        # Weights that are replaced are held until then: new ones at their address would look unchanged.
+        weights = [tensor.detach() for tensor in [*model.parameters(), *model.buffers()]]
+        kept = _kept[model] = state, prepack(model, dtype), weights
+    return kept[1]
+
+
+def forget(model):
+    """Free the copy that is kept of a model, if any."""
+    _kept.pop(model, None)
+
+
+def _state(model, dtype):
+    """What the copy depends on, to be compared: a changed weight has another address, version or entries.
+
+    Versions do not count changes through `Tensor.data`, so that some entries of each weight are compared too.
+    """
+    modules = [(name, type(module)) for name, module in model.named_modules()]
+    weights = [
+        (
+            name,
+            tensor.data_ptr(),
+            None if tensor.is_inference() else tensor._version,
+            (tensor.dtype, tensor.device, tensor.shape, tensor.stride()),
+            tensor.detach().reshape(-1)[:: max(1, tensor.numel() // ENTRIES_COMPARED)].tolist(),
+        )
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    ]
+    return dtype, repr(vars(model.config)), modules, weights
 
 
 @contextmanager

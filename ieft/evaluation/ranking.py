@@ -2,9 +2,9 @@
 
 Nothing is computed twice: equal captions are scored once, each image and caption is encoded and projected for the
 fusion layer once, captions of one length are batched together without padding, and on a CPU the network runs with
-oneDNN-prepacked weights. The work is cut into tiles of whole images with their captions. A tile's batches depend only
-on the images and captions that are ranked, so that any number of processes, and a run that was killed and restarted,
-give the same scores bit for bit.
+oneDNN-prepacked weights, which are kept for the next query. The work is cut into tiles of whole images with their
+captions. A tile's batches depend only on the images and captions that are ranked, so that any number of processes, and
+a run that was killed and restarted, give the same scores bit for bit.
 
 The model needs four methods: `prepare_images`, `prepare_captions`, `score_prepared` and, with fusion in the last block
 only, `score_groups`.
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ieft.cpu.prepacked import can_prepack, memory_kept, multiplies_bfloat16, prepack
+from ieft.cpu.prepacked import can_prepack, forget, memory_kept, multiplies_bfloat16, prepack_once
 from ranking_ieft import evaluation_mode
 
 logger = logging.getLogger(__name__)
@@ -341,10 +341,13 @@ def _sum_over_processes(scores, device):
 @contextmanager
 def _inference(model, dtype):
     """The network to compute with, in evaluation mode and without gradients; the model is restored afterwards."""
-    with evaluation_mode(model), torch.no_grad():
+    with torch.no_grad():
         if can_prepack(model, dtype):
-            with memory_kept():
-                yield prepack(model, dtype)
+            network = prepack_once(model, dtype)
+            with evaluation_mode(model), memory_kept():
+                yield network
         else:
-            with torch.autocast(model.device.type, dtype=dtype, enabled=dtype not in (None, model.dtype)):
+            forget(model)
+            enabled = dtype not in (None, model.dtype)
+            with evaluation_mode(model), torch.autocast(model.device.type, dtype=dtype, enabled=enabled):
                 yield model
