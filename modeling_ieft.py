@@ -39,6 +39,7 @@ class IeftRetrievalOutput(ModelOutput):
     """What `IeftForImageTextRetrieval` gives.
 
     Attributes:
+        loss: the loss of the scores against `labels`, where these are given.
         logits: (B, 1) matching scores, any real number, higher is better.
         image_features: (I, E) unit vectors, with `output_features`.
         text_features: (C, E) unit vectors, with `output_features`.
@@ -47,6 +48,7 @@ class IeftRetrievalOutput(ModelOutput):
         attentions: one (B, H, S, S) per block, rows summing to 1, with `output_attentions`.
     """
 
+    loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
     text_features: torch.Tensor | None = None
@@ -239,6 +241,8 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
 class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
     """IEFT with its ranking head (RM), and with the contrastive heads if `config.contrastive_dim` is not 0."""
 
+    accepts_loss_kwargs = False  # the loss is a mean over the batch, which Trainer divides by its accumulation steps
+
     def __init__(self, config):
         super().__init__(config)
         self.vilt = IeftModel(config)
@@ -251,13 +255,20 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
 
     def forward(
         self, input_ids=None, attention_mask=None, token_type_ids=None, pixel_values=None, pixel_mask=None,
-        inputs_embeds=None, image_embeds=None, *, output_features=False, output_attentions=None,
-        output_hidden_states=None, return_dict=None, **pairing,
+        inputs_embeds=None, image_embeds=None, *, labels=None, output_features=False,
+        output_attentions=None, output_hidden_states=None, return_dict=None, **pairing,
     ):  # fmt: skip
         """Matching scores; arguments and errors as `IeftModel.forward`.
 
         Args:
+            labels: (B,) or (B, 1) targets, one for each pair. By default they lie between 0 (no match) and 1 (match),
+                and the loss is the binary cross-entropy of the logits, as in sentence-transformers' cross-encoders.
+                With `config.problem_type="regression"` they are any numbers and the loss is the mean squared error.
             output_features: also give the contrastive embeddings of the images and captions, each read alone.
+
+        Raises:
+            ValueError: also for labels of another number than the pairs or out of range, and for a `problem_type` that
+                one score cannot have.
         """
         if image_embeds is None and pixel_values is not None:
             image_embeds, pixel_values = self.vilt.embed_images(pixel_values), None
@@ -284,8 +295,10 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
                 input_ids, attention_mask, token_type_ids, inputs_embeds, text_states=outputs.text_states
             )
             similarity_scale = self.similarity_scale()
+        logits = self.rank_output(outputs.pooler_output)  # (B, 1)
         output = IeftRetrievalOutput(
-            logits=self.rank_output(outputs.pooler_output),  # (B, 1)
+            loss=None if labels is None else self._loss(logits, labels),
+            logits=logits,
             image_features=image_features,
             text_features=text_features,
             similarity_scale=similarity_scale,
@@ -294,6 +307,26 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def _loss(self, logits, labels):
+        """The mean loss of (B, 1) logits in float32; `labels` and errors as `forward`."""
+        kind = self.config.problem_type
+        if kind not in (None, "regression", "multi_label_classification"):
+            raise ValueError(
+                "config.problem_type of None (binary cross-entropy) or 'regression' (mean squared error) expected, "
+                f"for one score a pair; got {kind!r}."
+            )
+        if labels.numel() != len(logits):
+            raise ValueError(f"One label for each of {len(logits)} pairs expected; got {tuple(labels.shape)}.")
+        logits, labels = logits.float(), labels.to(logits.device).float().view(-1, 1)
+        if kind == "regression":
+            return nn.functional.mse_loss(logits, labels)
+        if not torch.compiler.is_compiling() and not bool(((labels >= 0) & (labels <= 1)).all()):
+            raise ValueError(
+                f"Labels from 0 (no match) to 1 (match) expected; got {labels.min().item():g} to "
+                f"{labels.max().item():g}. For other numbers set config.problem_type to 'regression'."
+            )
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels)
 
     def get_image_features(self, pixel_values=None, image_embeds=None, *, image_states=None):
         """Images read alone by the same network: unit vectors (I, E), to be compared with captions' by dot product.

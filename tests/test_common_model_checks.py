@@ -220,6 +220,39 @@ def test_exported_scores_are_the_same():
 # Training ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("problem_type", [None, "multi_label_classification", "regression"])
+@pytest.mark.parametrize("labels", [torch.tensor([1, 0, 1]), torch.tensor([[0.3], [1.0], [0.0]])])
+def test_labels_give_a_loss_and_leave_the_scores(problem_type, labels):
+    model = make(problem_type=problem_type)
+    plain, output = model(**tiny_inputs()), model(**tiny_inputs(), labels=labels)
+    assert plain.loss is None and torch.equal(output.logits, plain.logits)
+    pairs = zip(plain.logits.double().flatten(), labels.double().flatten(), strict=True)
+    expected = [
+        (score - label) ** 2
+        if problem_type == "regression"
+        else -(label * score.sigmoid().log() + (1 - label) * (-score).sigmoid().log())
+        for score, label in pairs
+    ]
+    torch.testing.assert_close(output.loss.double(), sum(expected) / 3, atol=1e-5, rtol=1e-5)
+    output.loss.backward()
+    assert model.rank_output.weight.grad.abs().sum() > 0
+    assert torch.equal(model(**tiny_inputs(), labels=labels, return_dict=False)[0], output.loss)
+    assert model.config.problem_type == problem_type
+
+
+@pytest.mark.parametrize(
+    "labels", [[1.0, 0.0], [[1.0, 0.0]] * 3, [1.0, 0.0, -100.0], [1.0, 0.0, torch.nan], [2, 0, 1]]
+)
+def test_labels_that_do_not_fit_are_refused(labels):
+    with pytest.raises(ValueError, match="abel"):
+        make()(**tiny_inputs(), labels=torch.tensor(labels))
+
+
+def test_a_loss_over_classes_is_refused():
+    with pytest.raises(ValueError, match="problem_type"):
+        make(problem_type="single_label_classification")(**tiny_inputs(), labels=torch.tensor([1, 0, 1]))
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 def test_training_in_bfloat16_learns(autocast):
     model = make(hidden_dropout_prob=0.0).train()
