@@ -1,5 +1,6 @@
 """Tests of the ranking engine against a double loop of plain forward passes."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from configuration_ieft import IeftConfig
 from ieft.evaluation import ranking
 from ieft.evaluation.ranking import score_matrix, score_pairs
 from modeling_ieft import IeftForImageTextRetrieval
+from ranking_ieft import evaluation_mode
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,6 +113,20 @@ def test_pairs_are_entries_of_the_matrix():
     scores = score_pairs(model, images, captions, pairs, progress=False)
     np.testing.assert_allclose(scores, [matrix[pair] for pair in pairs], atol=1e-5)
     assert score_pairs(model, images, captions, [], progress=False).shape == (0,)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_evaluation_mode_restores_each_module_also_after_an_error(fails):
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2)))
+    model[0].eval()  # frozen, in a model that is trained
+    model[1].eval()
+    model[1][1].train()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext(), evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+        if fails:
+            raise KeyError
+    assert [module.training for module in model.modules()] == before == [True, False, False, False, True]
 
 
 @pytest.mark.parametrize("training", [True, False])
