@@ -85,7 +85,7 @@ STYLE = """
 
 
 class SearchPage:
-    """The page over one index: what it looks like, and what answers a visitor's clicks."""
+    """The page over one index: its layout and its event handlers."""
 
     def __init__(self, index):
         self.index = index
@@ -162,7 +162,7 @@ class SearchPage:
         ).then(js="() => document.getElementById('detail').scrollIntoView({behavior: 'smooth', block: 'nearest'})")
 
     def search_caption(self, caption, *settings):
-        """A sentence and the settings -> what to show."""
+        """Search by a sentence with the settings: updates of the page."""
         caption = check_text(caption, "sentence")
         if not caption:
             raise told("Write a sentence first: what should the image show?")
@@ -219,7 +219,7 @@ class SearchPage:
             raise told(f"An SQL condition over {columns} expected, such as: width >= 256 AND north > 48.") from None
 
     def _offer_geojson(self, hits):
-        """The hits' outlines to download, if any has one, with file names for paths."""
+        """A GeoJSON download of the hits' outlines, if there are any, with file names instead of paths."""
         if not any(hit["geometry"] for hit in hits):
             return gr.DownloadButton("No image with geographic bounds: no GeoJSON", value=None, interactive=False)
         named = [hit | {"file": Path(hit["file"]).name} for hit in hits]
@@ -228,7 +228,7 @@ class SearchPage:
         return gr.DownloadButton("Download as GeoJSON", value=file, interactive=True)
 
     def explain(self, query, hits, event: gr.SelectData):
-        """The hit that was selected: with the heat of a sentence, where there was one."""
+        """Show the selected hit, with the heat map of the sentence if there is one."""
         if not hits or not isinstance(event.index, int) or not 0 <= event.index < len(hits):
             raise told("These results are too old to be explained: search again.")
         hit, words = hits[event.index], []
@@ -249,13 +249,13 @@ class SearchPage:
 
 
 def told(message):
-    """An error as a visitor sees it; Gradio shows messages as HTML."""
+    """An error shown to the visitor; escaped, since Gradio shows messages as HTML."""
     return gr.Error(html.escape(message), print_exception=False)
 
 
 @contextmanager
 def archive_errors():
-    """Errors of reading the archive name its paths: they go to the log, and a visitor gets a sentence."""
+    """Log errors of reading the archive, which contain paths, and show a message without them."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -286,7 +286,7 @@ def write_filter(width=None, height=None, name=None, placed=False, where=None):
 
 
 def read_upload(file):
-    """An image that somebody sent as PIL RGB.
+    """Read an uploaded image as PIL RGB.
 
     Raises:
         ValueError: for what is no image of a usual kind, one of too many pixels, or one whose bands must be chosen.
@@ -318,7 +318,7 @@ def label_hit(hit):
 
 
 def describe_words(words):
-    """Each word over green where the score is higher with it, over red where it is lower, as HTML."""
+    """The words as HTML, on green if they raise the score, on red if they lower it."""
     largest = max((abs(part) for _, part in words), default=0) or 1
     spans = [
         f'<span class="word" style="background: rgba({"20, 184, 166" if part > 0 else "239, 68, 68"}, '
@@ -329,7 +329,7 @@ def describe_words(words):
 
 
 def describe_hit(hit):
-    """What is known of a hit as an HTML table, its file by name alone."""
+    """The facts about a hit as an HTML table, with the name of its file but not the path."""
     facts = {"file": Path(hit["file"]).name, "pixels": f"{hit['width']} x {hit['height']}"}
     if hit["tiling"]:
         facts["tile"] = f"{hit['tile_width']} x {hit['tile_height']}, from column {hit['col']}, row {hit['row']}"
@@ -376,7 +376,7 @@ def _refusal(status, message):
 
 
 def draw_archive(folder, number):
-    """Synthetic scenes as PNG files, those that are not there yet."""
+    """Draw synthetic scenes as PNG files, unless they exist."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(number):
         file = folder / f"{index:04}.png"
@@ -387,7 +387,7 @@ def draw_archive(folder, number):
 
 
 def open_index(args):
-    """The index that the arguments name, with the archive's new images in it."""
+    """Open the index of the arguments and add new images of the archive."""
     archive = args.archive and Path(args.archive)
     if args.draw_scenes:
         draw_archive(archive, args.draw_scenes)
@@ -449,7 +449,7 @@ async def refuse_address(*_, **__):
 
 
 def launch(page, *, requests_per_minute):
-    """Serve a page until it is stopped, at GRADIO_SERVER_NAME and GRADIO_SERVER_PORT, or 127.0.0.1:7860."""
+    """Serve a page until it is stopped, on GRADIO_SERVER_NAME and GRADIO_SERVER_PORT, or 127.0.0.1:7860."""
     theme = gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     # In place of files, Gradio takes addresses, and would fetch whatever a visitor names.
     gradio.processing_utils.async_ssrf_protected_download = refuse_address

@@ -1,4 +1,4 @@
-"""Model cards, and pushing a saved folder to the Hub in one commit."""
+"""Model cards of saved folders, and pushing these folders to the Hub."""
 
 import math
 import platform
@@ -33,18 +33,18 @@ NEVER_PUSHED = ["checkpoint-*", "runs/*", "trainer_state.json", "_*", ".*"]
 
 
 def write_model_card(folder, results=None, *, repo_id=None, base_model=None, training_arguments=None):
-    """Write `README.md` of a saved folder from the template `model_card.md`, showing only what was measured.
+    """`README.md` of a saved folder, from the template `model_card.md`. What was not measured does not appear.
 
     Args:
         folder: holds at least `config.json`.
-        results: content of `test_results.json`: recalls in percent, `num_images`, `num_captions`, `protocol`,
+        results: what `test_results.json` holds: recalls in percent, `num_images`, `num_captions`, `protocol`,
             `dataset`.
-        repo_id: name on the Hub, for the title and the example; by default the folder's name.
-        base_model: Hub id of the checkpoint that training started from; a local path is not shown.
+        repo_id: name on the Hub, for the title and the example; left out, the folder's name.
+        base_model: Hub id of the checkpoint that training started from; a path of this machine is left out.
         training_arguments: name -> value, shown as a table.
 
     Returns:
-        Path: the file.
+        Path: of the file.
     """
     folder = Path(folder)
     repo_id = repo_id or folder.resolve().name
@@ -74,7 +74,7 @@ def render_model_card(
         language="en",
         license="apache-2.0",
         library_name="transformers",
-        pipeline_tag="zero-shot-image-classification",  # the Hub's closest task: ranks texts for an image
+        pipeline_tag="zero-shot-image-classification",  # the Hub's nearest: sentences compete for an image
         tags=["ieft", "image-text-retrieval", "remote-sensing"],
         base_model=base_model,
         datasets=[dataset] if dataset else None,
@@ -106,7 +106,7 @@ def _is_measured(value):
 
 
 def _eval_results(measured, dataset):
-    """One entry for each measured recall, shown by the Hub beside the model card."""
+    """One entry for each measured recall: what the Hub shows beside the page."""
     return [
         EvalResult(
             task_type="image-text-retrieval",
@@ -125,7 +125,7 @@ def _eval_results(measured, dataset):
 
 
 def _table_rows(measured):
-    """One row of cells for each protocol (strict, duplicate-aware) that was measured."""
+    """One row of cells for each way of counting that was measured."""
     return [
         [f"{meaning} ({way})"]
         + [f"{measured[prefix + key]:.2f}" if prefix + key in measured else "" for key in RECALLS]
@@ -139,7 +139,7 @@ def _network_facts(config):
     return {
         "image": f"{config.image_size} x {config.image_size} pixels, {config.num_patches} patches",
         "caption": f"up to {config.max_position_embeddings} tokens of {config.vocab_size}",
-        "blocks": f"{config.num_hidden_layers}, {config.hidden_size} wide, {config.num_attention_heads} heads",
+        "joint blocks": f"{config.num_hidden_layers}, {config.hidden_size} wide, {config.num_attention_heads} heads",
         "visual enhancement before blocks": stages,
         "embeddings for shortlists": f"{config.contrastive_dim} wide" if config.contrastive_dim else "none",
     }
@@ -151,22 +151,22 @@ def _versions():
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
-            continue  # the project itself, run from a clone
+            continue  # the project itself, run from its clone
     return versions
 
 
 def push_folder(folder, repo_id, *, private=None, token=None, revision=None, commit_message="Upload IEFT"):
-    """Push a saved folder as one commit: weights, code, processor, model card, results; no training state.
+    """A saved folder as one commit: weights, code, processor, model card, results; no training state.
 
     Args:
-        repo_id: "user/name"; created if it does not exist.
-        private: whether a new repository is private; None follows the account's default.
+        repo_id: "user/name"; made where it does not exist.
+        private: whether a new repository is; None follows the account's default.
 
     Returns:
         str: the URL of the commit.
 
     Raises:
-        FileNotFoundError: lists the files that the folder lacks; nothing is pushed.
+        FileNotFoundError: that lists what the folder lacks; nothing is pushed then.
     """
     folder = Path(folder)
     needed = ("config.json", "modeling_ieft.py", "processor_config.json", "README.md")
@@ -174,8 +174,8 @@ def push_folder(folder, repo_id, *, private=None, token=None, revision=None, com
     missing += [] if list(folder.glob("model*.safetensors")) else ["model.safetensors"]
     if missing:
         raise FileNotFoundError(
-            f"{folder} lacks {', '.join(missing)} and was not pushed. Save the model and its processor there with "
-            "save_pretrained, and write the model card with write_model_card."
+            f"{folder} lacks {', '.join(missing)}, and was not pushed. Save the model and its processor there with "
+            "save_pretrained, and write the page with write_model_card."
         )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

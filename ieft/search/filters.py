@@ -3,7 +3,7 @@
 import re
 
 MAX_WHERE = 10_000  # characters
-# Words allowed before a bracket in a filter. Functions that build long strings could fill the memory.
+# What may stand before a bracket in a filter: no function that makes long strings, which would fill the memory.
 WHERE_WORDS = frozenset(
     "abs and any between by cast ceil contains date date_part date_trunc else ends_with exists extract floor ilike in "
     "interval is length like lower not now or regexp_like round starts_with strpos then timestamp to_timestamp trim "
@@ -12,10 +12,10 @@ WHERE_WORDS = frozenset(
 
 
 def check_where(where):
-    """Return the filter unchanged, or None for an empty one.
+    """The filter as it is, or None.
 
     Raises:
-        ValueError: if it is not a short comparison of columns.
+        ValueError: for anything that is not a short comparison of columns.
     """
     if where is None or where == "":
         return None
@@ -39,11 +39,11 @@ def fetch(query, where, **options):
     """Rows of a LanceDB query as dicts.
 
     Args:
-        where: a filter from `check_where`.
-        options: arguments of the query's `where`.
+        where: as `check_where` gave it.
+        options: of the query's `where`.
 
     Raises:
-        ValueError: if the filter is invalid; names the filter.
+        ValueError: where the filter is at fault, with the filter.
     """
     if not where:
         return query.to_list()
@@ -52,10 +52,10 @@ def fetch(query, where, **options):
     except OSError:
         raise
     except Exception as error:  # LanceDB's: ValueError, RuntimeError, a panic of its parser
-        reason = re.split(r", \S+\.rs:\d+", str(error))[0][:500]  # without the location in LanceDB's code
+        reason = re.split(r", \S+\.rs:\d+", str(error))[0][:500]  # where in LanceDB's own code
         raise ValueError(f"where={where[:200]!r} cannot filter: {reason}") from error
 
 
 def is_not_text(text):
-    """Whether a string has unpaired surrogates, as names of files that are not UTF-8 do."""
+    """Whether it holds half a character, as the names of files that are not UTF-8 do."""
     return any("\ud800" <= letter <= "\udfff" for letter in text)
