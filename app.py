@@ -3,27 +3,35 @@
     python app.py --model outputs/demo --index outputs/scenes.lance --archive outputs/scenes
     IEFT_MODEL=user/ieft-scenes IEFT_INDEX=archive.lance IEFT_ARCHIVE=archive python app.py
 
-The Gradio page needs a checkpoint with contrastive heads and an index, which is built from `--archive` if that is
-given. It also runs as a Hugging Face Space. Search is in `ieft.search.index`, explanations in `ieft.search.explain`.
+The index is made first from `--archive` where that is given. The page also runs as a Hugging Face Space.
 
-Visitors are not trusted. They see thumbnails and file names, but no paths and no files; the size, rate and pixel count
-of their requests are limited, and only the URLs that the page itself needs are served.
+Visitors are not trusted. They see thumbnails and file names, no paths and no files. What they send is checked before
+anything else reads it, and bounded in size, time, rate, pixels and open connections; only the addresses that the page
+itself needs are answered.
 """
 
 import argparse
+import asyncio
 import html
+import ipaddress
 import json
+import math
 import os
 import re
 import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-import gradio as gr
-import gradio.processing_utils
+try:
+    import gradio as gr
+    import gradio.processing_utils
+    import lancedb  # noqa: F401
+except ImportError as error:
+    sys.exit(f"app.py: {error.name} is not installed; the page needs the extra `app`: pip install 'ieft[app]'.")
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
@@ -36,6 +44,7 @@ from ieft import IeftForImageTextRetrieval, IeftProcessor, draw_scene
 from ieft.data.images import describe_picture, parse_bands, read_picture
 from ieft.search.archive_files import find_images, read_hit, read_hits
 from ieft.search.explain import draw_heat_map, explain_pair
+from ieft.search.filters import check_where
 from ieft.search.geography import to_geojson
 from ieft.search.index import ImageIndex
 
@@ -45,11 +54,17 @@ LARGEST_QUESTION = MEGABYTE // 4  # what the page sends but uploads
 MOST_PIXELS = 40_000_000
 MOST_CHARACTERS = 500
 UPLOAD_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # that the page offers
+MOST_SHOWN, MOST_RERANKED, LONGEST_SIDE = 48, 64, 10**6
+BODY_SECONDS = 60  # for a request's content to arrive in
+MOST_OPEN, MOST_OPEN_BY_ONE = 400, 40  # requests being answered, streams of events among them
+MOST_UPLOADS, MOST_UPLOADS_BY_ONE = 8, 2  # arriving at once, each held in memory until it is whole
+READS_PER_QUESTION = 30  # files and events that a visitor may ask for, for each request of its rate
 NEEDED_TO_READ = re.compile(
     r"/(config|theme\.css|manifest\.json|favicon\.ico|robots\.txt|(assets|static)/.+)?|/gradio_api/"
     r"(info|app_id|startup-events|queue/data|upload_progress|heartbeat/\w+|file=/.+)"
 )
 NEEDED_TO_ASK = re.compile(r"/gradio_api/(queue/join|upload|cancel|reset)/?")
+HIDDEN_COLUMNS = ("vector", "state", "limits")
 KEPT_SECONDS = 1800  # uploads, thumbnails, what a visitor was shown last
 SCENES_SEED, SCENES_SIZE = 1, 192  # not the seed of training
 THUMB, DETAIL = 320, 512
@@ -119,16 +134,20 @@ class SearchPage:
             self.ask_image = gr.Button("Search again", elem_id="ask_image")
         with gr.Accordion("Filters and settings", open=False, elem_id="filters"):
             with gr.Row():
-                width = gr.Number(0, label="Width, at least", precision=0, minimum=0, maximum=10**6, min_width=120)
-                height = gr.Number(0, label="Height, at least", precision=0, minimum=0, maximum=10**6, min_width=120)
+                width = gr.Number(
+                    0, label="Width, at least", precision=0, minimum=0, maximum=LONGEST_SIDE, min_width=120
+                )
+                height = gr.Number(
+                    0, label="Height, at least", precision=0, minimum=0, maximum=LONGEST_SIDE, min_width=120
+                )
                 name = gr.Textbox(label="File name contains", min_width=160)
                 placed = gr.Checkbox(label="Only with geographic bounds", min_width=160)
             where = gr.Textbox(
                 label="SQL condition over the index's columns", placeholder="width >= 256 AND north > 48"
             )
             with gr.Row():
-                top_k = gr.Slider(1, 48, 12, step=1, label="Images to show")
-                rerank_top_k = gr.Slider(0, 64, 32, step=1, label="Images of the shortlist to re-rank")
+                top_k = gr.Slider(1, MOST_SHOWN, 12, step=1, label="Images to show")
+                rerank_top_k = gr.Slider(0, MOST_RERANKED, 32, step=1, label="Images of the shortlist to re-rank")
         self.settings = [top_k, rerank_top_k, width, height, name, placed, where]
 
     def _lay_out_answers(self):
@@ -166,26 +185,24 @@ class SearchPage:
         caption = check_text(caption, "sentence")
         if not caption:
             raise told("Write a sentence first: what should the image show?")
-        top_k, rerank_top_k, *filters = settings
+        top_k, rerank_top_k, filters = check_settings(settings)
         return self._show(
             caption,
             filters,
-            lambda where: self.index.search(caption, top_k=int(top_k), rerank_top_k=int(rerank_top_k), where=where),
+            lambda where: self.index.search(caption, top_k=top_k, rerank_top_k=rerank_top_k, where=where),
         )
 
     def search_image(self, file, *settings):
         """A file that a visitor sent and the settings -> what to show."""
-        if file is None:
+        if not isinstance(file, str):
             raise told("Choose an image first.")
+        top_k, _, filters = check_settings(settings)
         try:
             image = read_upload(file)
         except ValueError as error:
             gr.Warning(html.escape(str(error)), title="Not searched")
             return {self.upload: None}
-        top_k, _, *filters = settings
-        answer = self._show(
-            image, filters, lambda where: self.index.search_image(image, top_k=int(top_k), where=where)
-        )
+        answer = self._show(image, filters, lambda where: self.index.search_image(image, top_k=top_k, where=where))
         return answer | {self.upload: draw_thumbnail(image, 2 * DETAIL)}
 
     def _show(self, query, filters, search):
@@ -210,13 +227,16 @@ class SearchPage:
 
     def _count(self, filters):
         """The filter as SQL or None, and how many images pass it."""
-        where = write_filter(*filters)
+        columns = [name for name in self.index.table.schema.names if name not in HIDDEN_COLUMNS]
+        where = write_filter(*filters, columns=columns)
         try:
             return where, self.index.table.count_rows(where)
         except (OSError, RuntimeError, ValueError) as error:
             print(f"app.py: filter {where!r}: {error}", file=sys.stderr)
-            columns = ", ".join(name for name in self.index.table.schema.names if name != "vector")
-            raise told(f"An SQL condition over {columns} expected, such as: width >= 256 AND north > 48.") from None
+            raise told(
+                f"This SQL condition cannot be used: a comparison of {', '.join(columns)} expected, with a value of "
+                "the column's own kind, such as: width >= 256 AND north > 48."
+            ) from None
 
     def _offer_geojson(self, hits):
         """A GeoJSON download of the hits' outlines, if there are any, with file names instead of paths."""
@@ -258,29 +278,62 @@ def archive_errors():
     """Log errors of reading the archive, which contain paths, and show a message without them."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"app.py: {error}", file=sys.stderr)
-        message = "An image of the archive is gone or damaged. Whoever runs this page finds its name in the log."
+        message = "An image of the archive is gone or damaged, or the index is. The page's log tells which."
         raise told(message) from None
 
 
 def check_text(text, name):
     """Text that a visitor sent, without blanks around it; `name` says what it is."""
+    if text is not None and not isinstance(text, str):
+        raise told(f"A {name} as text expected.")
     text = (text or "").strip()
     if len(text) > MOST_CHARACTERS:
         raise told(f"A {name} of up to {MOST_CHARACTERS} characters expected; got {len(text):,}.")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise told(f"A {name} of whole characters expected.")
     return text
 
 
-def write_filter(width=None, height=None, name=None, placed=False, where=None):
+def check_number(value, name, least, most):
+    """A whole number that a visitor sent; nothing counts as `least`."""
+    if value is None:
+        return least
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value != int(value) or not least <= value <= most:
+        raise told(f"{name}: a whole number from {least:,} to {most:,} expected; got {str(value)[:50]}.")
+    return int(value)
+
+
+def check_settings(settings):
+    """What a visitor set on the page, or sent in its place -> (top_k, rerank_top_k, arguments of `write_filter`)."""
+    top_k, rerank_top_k, width, height, name, placed, where = settings
+    sides = [check_number(side, "Width and height", 0, LONGEST_SIDE) for side in (width, height)]
+    if not isinstance(placed, bool | None):
+        raise told("True or false expected for: only with geographic bounds.")
+    return (
+        check_number(top_k, "Images to show", 1, MOST_SHOWN),
+        check_number(rerank_top_k, "Images to re-rank", 0, MOST_RERANKED),
+        [*sides, name, placed, where],
+    )
+
+
+def write_filter(width=0, height=0, name=None, placed=False, where=None, *, columns=None):
     """A visitor's conditions as one SQL condition over the index's columns; None where there is none."""
-    conditions = [f"{side} >= {int(least)}" for side, least in (("width", width), ("height", height)) if least]
+    conditions = [f"{side} >= {least}" for side, least in (("width", width), ("height", height)) if least]
     if name := check_text(name, "part of a file name"):
-        pattern = f"(?i){re.escape(name)}[^/]*$".replace("'", "''")  # in the name, not in the folders above it
-        conditions.append(f"regexp_like(file, '{pattern}')")
+        if "\\'" in name or "\0" in name:
+            raise told("A part of a file name without \\' expected.")
+        quoted = name.lower().replace("'", "''")  # in the name, not in the folders above it
+        conditions.append(f"contains(lower(substr_index(file, '/', -1)), '{quoted}')")
     if placed:
         conditions.append("geometry IS NOT NULL")
     if where := check_text(where, "condition"):
+        try:
+            check_where(where, columns=columns, longest=MOST_CHARACTERS)
+        except ValueError as error:
+            raise told(str(error).replace("where must", "An SQL condition must", 1)) from None
         conditions.append(f"({where})")
     return " AND ".join(conditions) or None
 
@@ -343,32 +396,94 @@ def describe_hit(hit):
 
 
 class Gate:
-    """ASGI middleware: answers the addresses that the page needs, for requests of bounded size at a bounded rate."""
+    """ASGI middleware: answers the addresses that the page needs, for requests of bounded size that arrive in bounded
+    time, at a bounded rate and in bounded number at once."""
 
     def __init__(self, app, *, requests_per_minute):
         self.app = app
-        self.rate = RateLimitItemPerMinute(requests_per_minute)
+        self.asks = RateLimitItemPerMinute(requests_per_minute)
+        self.reads = RateLimitItemPerMinute(requests_per_minute * READS_PER_QUESTION)
         self.limiter = MovingWindowRateLimiter(MemoryStorage())
+        self.open = Counter()  # requests being answered, by visitor
+        self.uploads = Counter()  # that are arriving, by visitor
 
     async def __call__(self, scope, receive, send):
-        refusal = self._refuse(scope) if scope["type"] != "lifespan" else None
-        await (refusal or self.app)(scope, receive, send)
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        visitor = name_visitor(scope)
+        if refusal := self._refuse(scope, visitor):
+            return await refusal(scope, receive, send)
+        self.open[visitor] += 1
+        try:
+            if scope["method"] == "POST":
+                receive = await self._receive_whole(scope, receive, visitor)
+            await (self.app if receive else _refusal(408, "The request did not arrive in time."))(scope, receive, send)
+        finally:
+            self.open[visitor] -= 1
+            self.open, self.uploads = +self.open, +self.uploads  # without those at zero
 
-    def _refuse(self, scope):
+    def _refuse(self, scope, visitor):
         asks = scope.get("method") == "POST"
-        if not (NEEDED_TO_ASK if asks else NEEDED_TO_READ).fullmatch(scope["path"]):
+        if scope["type"] != "http" or not (NEEDED_TO_ASK if asks else NEEDED_TO_READ).fullmatch(scope["path"]):
             return _refusal(404, "There is nothing here.")
+        if self.open[visitor] >= MOST_OPEN_BY_ONE or self.open.total() >= MOST_OPEN:
+            return _refusal(429, "Too many requests at once: wait a little, then go on.")
         if not asks:
-            return None
-        largest = LARGEST_UPLOAD + LARGEST_QUESTION if scope["path"].endswith("upload") else LARGEST_QUESTION
+            return None if self.limiter.hit(self.reads, visitor, "reads") else self._refusal_of_rate(self.reads)
+        is_upload = "upload" in scope["path"]
+        largest = LARGEST_UPLOAD + LARGEST_QUESTION if is_upload else LARGEST_QUESTION
         length = dict(scope["headers"]).get(b"content-length", b"")
         if not length.isdigit():
             return _refusal(411, "A request that states its length expected.")
-        if int(length) > largest:
-            return _refusal(413, f"At most {LARGEST_UPLOAD // MEGABYTE} MB expected; got {int(length):,} bytes.")
-        if not self.limiter.hit(self.rate, scope["client"][0]):
-            return _refusal(429, f"More than {self.rate.amount} requests in a minute: wait a little, then go on.")
-        return None
+        if len(length) > 15 or int(length) > largest:
+            most = f"{LARGEST_UPLOAD // MEGABYTE} MB" if is_upload else f"{LARGEST_QUESTION:,} bytes"
+            return _refusal(413, f"At most {most} expected; got {length[:20].decode()} bytes.")
+        if is_upload and (self.uploads.total() >= MOST_UPLOADS or self.uploads[visitor] >= MOST_UPLOADS_BY_ONE):
+            return _refusal(429, "Too many uploads at once: wait a little, then go on.")
+        return None if self.limiter.hit(self.asks, visitor) else self._refusal_of_rate(self.asks)
+
+    def _refusal_of_rate(self, rate):
+        return _refusal(429, f"More than {rate.amount} requests in a minute: wait a little, then go on.")
+
+    async def _receive_whole(self, scope, receive, visitor):
+        """A `receive` that gives a request's whole content at once; None where it did not arrive in time."""
+        is_upload = "upload" in scope["path"]
+        self.uploads[visitor] += is_upload
+        try:
+            content = await asyncio.wait_for(_read_body(receive), BODY_SECONDS)
+        except asyncio.TimeoutError:
+            return None
+        finally:
+            self.uploads[visitor] -= is_upload
+        first = [{"type": "http.request", "body": content, "more_body": False}]
+
+        async def receive_rest():
+            return first.pop() if first else await receive()
+
+        return receive_rest
+
+
+async def _read_body(receive):
+    content, more = bytearray(), True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise asyncio.TimeoutError  # nobody waits for an answer
+        content += message.get("body", b"")
+        more = message.get("more_body", False)
+    return bytes(content)
+
+
+def name_visitor(scope):
+    """By whom a request was sent: an address, of IPv6 the network of 64 bits that one visitor has to itself."""
+    host = (scope.get("client") or ("unknown",))[0]
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host[:100]
+    if address.version == 4:
+        return host
+    return str(address.ipv4_mapped or ipaddress.ip_network((int(address) >> 64 << 64, 64)))
 
 
 def _refusal(status, message):

@@ -1,5 +1,6 @@
 """Tests of the web page with a real process and a real browser, including what visitors must not have access to."""
 
+import asyncio
 import configparser
 import io
 import itertools
@@ -72,10 +73,9 @@ def archive(tmp_path_factory):
 def served(tmp_path_factory, checkpoint, archive):  # noqa: F811
     """The page as a process, from a folder that holds no more than a Space does."""
     folder = tmp_path_factory.mktemp("space")
-    (folder / "ieft").mkdir()
-    for source in [*ROOT.glob("*.py"), *ROOT.glob("ieft/*.py"), *ROOT.glob("space/*")]:
-        place = source.name if source.parent.name == "space" else source.relative_to(ROOT)
-        shutil.copy(source, folder / place)
+    shutil.copytree(ROOT / "ieft", folder / "ieft", ignore=shutil.ignore_patterns("__pycache__"))
+    for source in [*ROOT.glob("*.py"), *ROOT.glob("space/*")]:
+        shutil.copy(source, folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -260,7 +260,7 @@ def test_filters_and_geojson(open_page, archive):
     page.click("#filters button")
     page.get_by_label("SQL condition").fill("no_column > 1")
     ask(page, CAPTIONS[0])
-    assert "An SQL condition over file, content" in message(page)
+    assert "An SQL condition must compare these columns: file, content" in message(page)
     page.get_by_label("SQL condition").fill("width >= 60")
     page.get_by_label("Only with geographic bounds").check()
     page.click("#ask")
@@ -396,6 +396,29 @@ def test_uploads_and_questions_are_bounded(client):
     assert "up to 500 characters" in call(client, "search", "a" * 501, *DEFAULTS)
 
 
+@pytest.mark.parametrize(
+    "place, value, said",
+    [
+        (6, "length(repeat('x', 400000000)) > 1", "&#x27;repeat&#x27; cannot stand in one"),
+        (6, "1=1; DROP TABLE images", "cannot stand in one"),
+        (6, "file = 5", "a value of the column"),
+        (6, ["width > 1"], "cannot stand in one"),
+        (6, {"a": 1}, "cannot stand in one"),
+        (0, [3], "expected"),
+        (0, 2.5, "whole number"),
+        (1, -1, "minimum"),
+        (1, "many", "expected"),
+        (2, 10**12, "maximum"),
+        (5, "maybe", "True or false"),
+    ],
+    ids=lambda each: ascii(each)[:30],
+)  # fmt: skip
+def test_a_crafted_setting_gets_a_message_that_names_it(client, place, value, said):
+    answer = call(client, "search", CAPTIONS[0], *(value if at == place else was for at, was in enumerate(DEFAULTS)))
+    assert isinstance(answer, str), answer
+    assert said in answer and "damaged" not in answer and "/" not in answer.replace("/&gt;", "")
+
+
 def test_requests_are_counted_by_visitor_whatever_it_claims(served, client):
     transport = httpx.HTTPTransport(local_address="127.0.0.2")
     with httpx.Client(base_url=served.url, transport=transport) as other:
@@ -427,6 +450,63 @@ def test_part_of_a_file_name_is_taken_literally(index, name):
     names = [Path(row["file"]).name for row in index.rows(columns=["file"])]
     expected = sum(name.strip().lower() in known.lower() for known in names)
     assert index.table.count_rows(app.write_filter(name=name)) == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, "12", [12], {"a": 1}, float("nan"), float("inf"), -1, 49, 2.5, 10**400],
+    ids=lambda value: str(value)[:9],
+)
+def test_numbers_that_visitors_send_are_whole_and_in_bounds(value):
+    with pytest.raises(app.gr.Error, match="whole number from 1 to 48 expected"):
+        app.check_number(value, "Images to show", 1, app.MOST_SHOWN)
+
+
+def test_a_visitor_is_an_address_or_a_network_of_ipv6():
+    named = [app.name_visitor({"client": (host, 1)}) for host in ("192.0.2.7", "::ffff:192.0.2.7", "2001:db8::1")]
+    assert named == ["192.0.2.7", "192.0.2.7", "2001:db8::/64"]
+    assert app.name_visitor({"client": ("2001:db8::ffff:1", 1)}) == named[2] != app.name_visitor({"client": None})
+
+
+def ask_gate(gate, path, *, method="POST", body=b"", seconds=0.0, length=None):
+    """The status that a gate answers a request with, whose content arrives after some seconds."""
+    sent = []
+
+    async def receive():
+        await asyncio.sleep(seconds)
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"content-length", str(len(body) if length is None else length).encode())]
+    scope = {"type": "http", "method": method, "path": path, "headers": headers, "client": ("192.0.2.7", 1)}
+    return gate(scope, receive, send), lambda: sent[0]["status"]
+
+
+async def answer_later(scope, receive, send):
+    await receive()
+    await asyncio.sleep(0.3)
+    await app.JSONResponse({})(scope, receive, send)
+
+
+def test_content_that_drips_and_too_many_at_once_are_refused(monkeypatch):
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.2)
+    gate = app.Gate(answer_later, requests_per_minute=1000)
+
+    async def ask_all(questions):
+        await asyncio.gather(*(asking for asking, _ in questions))
+        return [status() for _, status in questions]
+
+    upload = "/gradio_api/upload"
+    assert asyncio.run(ask_all([ask_gate(gate, upload, body=b"a", seconds=5.0)])) == [408]
+    at_once = app.MOST_UPLOADS_BY_ONE + 1
+    answers = asyncio.run(ask_all([ask_gate(gate, upload, body=b"a", seconds=0.1) for _ in range(at_once)]))
+    assert answers == [200] * app.MOST_UPLOADS_BY_ONE + [429]
+    reads = [ask_gate(gate, "/gradio_api/queue/data", method="GET") for _ in range(app.MOST_OPEN_BY_ONE + 3)]
+    assert asyncio.run(ask_all(reads)) == [200] * app.MOST_OPEN_BY_ONE + [429] * 3
+    assert not gate.open and not gate.uploads
+    assert asyncio.run(ask_all([ask_gate(gate, upload, body=b"a", length="9" * 4000)])) == [413]
 
 
 def test_filters_are_one_condition(index):

@@ -1,38 +1,94 @@
-"""User-written filters over the columns of a vector store: short SQL comparisons, checked before they run."""
+"""Filters over the columns of a vector store, written by users: comparisons in SQL, checked word by word before the
+store sees them."""
 
 import re
 
 MAX_WHERE = 10_000  # characters
-# What may stand before a bracket in a filter: no function that makes long strings, which would fill the memory.
-WHERE_WORDS = frozenset(
-    "abs and any between by cast ceil contains date date_part date_trunc else ends_with exists extract floor ilike in "
-    "interval is length like lower not now or regexp_like round starts_with strpos then timestamp to_timestamp trim "
-    "try_cast upper when".split()
+MAX_TERMS = 2_000  # words, numbers, strings and signs
+# Comparisons and signs of arithmetic: a chain of 900 (1 + 1 + 1 ..., true = true = true ...) overflows the store's
+# stack, which ends the process.
+MAX_OPERATORS = 200
+OPERATORS = frozenset("< <= > >= <> != = == + - * / % is like ilike in between".split())
+MAX_DEPTH = 20  # brackets in brackets
+# Whatever is not listed here is refused. No function makes text longer than its argument, and none repeats work.
+FUNCTIONS = frozenset(
+    "abs cast ceil contains date_part date_trunc ends_with floor length lower round starts_with strpos substr_index "
+    "to_timestamp try_cast upper".split()
+)
+WORDS = frozenset(
+    "and as between bigint boolean date double false float ilike in int is like not null or real timestamp true "
+    "tinyint smallint".split()
+)
+WHERE_WORDS = FUNCTIONS | WORDS
+TERM = re.compile(
+    r"\s+|(?!--|/\*)(?:(?P<text>'(?:[^']|'')*')|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?(?![\w.]))"
+    r"|(?P<name>[a-zA-Z_]\w*|`\w+`|\"\w+\")|(?P<sign><=|>=|<>|!=|==|[-+*/%=<>(),]))",
+    re.ASCII,
 )
 
 
-def check_where(where):
-    """The filter as it is, or None.
+def check_where(where, *, columns=None, longest=MAX_WHERE):
+    """The filter as it is, or None where there is none.
+
+    Args:
+        columns: names that may stand in it; None leaves them to the store.
+        longest: in characters.
 
     Raises:
-        ValueError: for anything that is not a short comparison of columns.
+        ValueError: for anything but comparisons of columns, of a bounded length, depth and number of terms; it says
+            which word cannot stand there.
     """
     if where is None or where == "":
         return None
-    if not isinstance(where, str) or len(where) > MAX_WHERE or is_not_text(where):
+    if not isinstance(where, str) or len(where) > longest or is_not_text(where) or not where.strip():
+        raise ValueError(f"where must be an SQL condition of up to {longest:,} characters; got {ascii(where)[:200]}.")
+    depth = operators = 0
+    terms = list(_split_terms(where))
+    for (kind, term), (_, following) in zip(terms, [*terms[1:], ("", "")], strict=True):
+        depth += (term == "(") - (term == ")")
+        operators += term.lower() in OPERATORS
+        if depth < 0 or depth > MAX_DEPTH:
+            raise ValueError(f"where must have brackets in pairs, at most {MAX_DEPTH} deep; got {where[:200]!r}.")
+        if kind == "name":
+            _check_name(term, following == "(", columns)
+    if depth or len(terms) > MAX_TERMS or operators > MAX_OPERATORS:
         raise ValueError(
-            f"where must be an SQL expression of up to {MAX_WHERE:,} characters; got {ascii(where)[:200]}."
-        )
-    outside = re.sub(r"'(?:[^']|'')*'", "''", where)
-    found = re.search(r"\\'|[;?$]|--|/\*|\|\||[\"`\]]\s*\(", outside if "\\'" not in where else "\\'")
-    words = [word for word in re.findall(r"(\w+)\s*\(", outside) if word.lower() not in WHERE_WORDS]
-    if found or words:
-        wrong = words[0] if words else found.group()
-        raise ValueError(
-            f'where must be a comparison such as "width >= 256 AND north > 48", and {wrong!r} cannot stand in one. '
-            f"Functions: {', '.join(sorted(WHERE_WORDS))}."
+            f"where must have brackets in pairs, at most {MAX_TERMS:,} words, numbers and signs, and at most "
+            f"{MAX_OPERATORS} comparisons and calculations; it has {len(terms):,} and {operators:,}. Long lists are "
+            f"shorter as: width IN (1, 2, 3). Got {where[:200]!r}."
         )
     return where
+
+
+def _split_terms(where):
+    """(kind, term) of a filter in order, without blanks."""
+    place = 0
+    while place < len(where):
+        found = TERM.match(where, place)
+        # Some dialects read a backslash before a quote as part of the text, so that the text would end elsewhere.
+        if not found or "\\'" in found.group() or "\0" in found.group():
+            raise _refusal(where[place : place + 20].split("\n")[0])
+        if found.lastgroup:
+            yield found.lastgroup, found.group()
+        place = found.end()
+
+
+def _check_name(name, is_called, columns):
+    word = name.strip('`"').lower()
+    if is_called:
+        if word not in WHERE_WORDS or name[0] in '`"':
+            raise _refusal(name)
+    elif word in FUNCTIONS or word in WORDS:
+        return
+    elif columns is not None and word not in {column.lower() for column in columns}:
+        raise ValueError(f"where must compare these columns: {', '.join(columns)}; there is no {name[:50]!r}.")
+
+
+def _refusal(part):
+    return ValueError(
+        f'where must be a comparison such as "width >= 256 AND north > 48", and {part[:50]!r} cannot stand in one. '
+        f"Functions: {', '.join(sorted(FUNCTIONS))}."
+    )
 
 
 def fetch(query, where, **options):
