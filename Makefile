@@ -1,10 +1,11 @@
 # Everything runs in its own virtual environment, made on first use from nothing but Python and make.
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo app test lint bench
+.PHONY: help demo app test lint lowest bench
 .DEFAULT_GOAL := help
 
 help:  ## Show what can be made
@@ -29,6 +30,12 @@ test: $(INSTALLED)  ## Run the tests, without network
 lint: $(INSTALLED)  ## Check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lowest:  ## Try the lowest versions that setup.cfg declares, in an environment of their own (3 GB, minutes)
+	$(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) tests/lowest_versions.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/pip install --quiet --no-compile --constraint $(LOWEST)/constraints.txt --editable '.[search,geo]'
+	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python tests/lowest_versions.py --check
 
 bench: $(INSTALLED)  ## Measure how fast images are ranked, and a training step
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_ranking.py

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from transformers.utils import cached_file
 
 try:
@@ -48,30 +49,59 @@ class RankingMixin:
         processor = find_processor(self) if processor is None else processor
         return rank_candidates(self, processor, image_or_caption, candidates, top_k=top_k)
 
-    def push_to_hub(self, repo_id, *, processor=None, model_card=None, private=None, token=None, **kwargs):
+    def push_to_hub(
+        self, repo_id, *, processor=None, model_card=None, private=None, token=None, overwrite=False, **kwargs
+    ):
         """Push weights, code, processor and model card in one commit.
 
         Args:
             repo_id: "user/name"; created where it does not exist.
             processor: None pushes the one saved beside this checkpoint.
             model_card: text of the model card; None pushes the one saved beside this checkpoint.
+            overwrite: whether a repository that holds files already may be replaced.
             kwargs: as `huggingface_hub.HfApi.upload_folder`, such as `commit_message` and `revision`.
 
         Returns:
             CommitInfo: with the URL of the commit.
 
         Raises:
-            ValueError: for a model without a processor or a model card beside it, where none is given.
+            ValueError: for a model without a processor or a model card beside it, where none is given; for a
+                repository that holds files, without `overwrite`.
         """
         processor = find_processor(self) if processor is None else processor
         model_card = find_model_card(self) if model_card is None else model_card
         api = HfApi(token=token)
+        if not overwrite:
+            refuse_to_replace(api, repo_id, revision=kwargs.get("revision"))
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             processor.save_pretrained(folder)
             Path(folder, "README.md").write_text(model_card, encoding="utf-8")
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+
+
+def refuse_to_replace(api, repo_id, *, revision=None, pushed=None):
+    """Leave a repository alone that holds files, other than those of the commit that was pushed here last.
+
+    Args:
+        api: a `huggingface_hub.HfApi`.
+        pushed: the commit that the same folder was pushed as before, if it was.
+
+    Raises:
+        ValueError: that says what the repository holds.
+    """
+    try:
+        found = api.model_info(repo_id, revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return
+    files = [each.rfilename for each in found.siblings or () if each.rfilename != ".gitattributes"]
+    if files and found.sha != pushed:
+        raise ValueError(
+            f"{repo_id} on the Hub holds {len(files)} files already ({', '.join(sorted(files)[:5])}), which were not "
+            "pushed from here or were changed since: nothing was pushed. Choose another repository, or pass "
+            "overwrite=True to replace them."
+        )
 
 
 def find_processor(model):

@@ -41,6 +41,12 @@ PIPELINE_REGISTRY.register_pipeline(
     type="multimodal",
 )
 
+# A configuration names the pipeline's code in its checkpoint, for which transformers asks trust_remote_code. Here the
+# pipeline is registered: the name stays in what is saved, and is not shown to transformers.
+IeftConfig.custom_pipelines = property(
+    lambda config: {}, lambda config, pipelines: config.__dict__.update(custom_pipelines=pipelines)
+)
+
 
 def __getattr__(name):
     if name not in LOADED_ON_FIRST_USE:

@@ -1,15 +1,20 @@
 """Model cards of saved folders, and pushing these folders to the Hub."""
 
+import hashlib
+import json
 import math
 import platform
+import re
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
 
 from configuration_ieft import IeftConfig
+from ranking_ieft import refuse_to_replace
 
-TEMPLATE = Path(__file__).parent.parent / "model_card.md"
+TEMPLATE = Path(__file__).parent / "model_card.md"
 RECALLS = {
     "ir_r1": "text to image R@1",
     "ir_r5": "text to image R@5",
@@ -28,8 +33,19 @@ PROTOCOLS = {
     "published": "trained on the training and validation splits, the checkpoint chosen on the test split, as "
     "published; better than an unseen test split would give.",
 }
-PUSHED = ["*.json", "model*.safetensors", "*_ieft.py", "vocab.txt", "README.md", "ranked.png", "training.png"]
-NEVER_PUSHED = ["checkpoint-*", "runs/*", "trainer_state.json", "_*", ".*"]
+CODE = ("configuration", "layers", "modeling", "pipeline", "processing", "ranking")
+PUSHED = (
+    "config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.txt", "README.md", "ranked.png", "training.png",
+    "test_results.json", "two_stage.json", *(f"{name}_ieft.py" for name in CODE),
+)  # fmt: skip
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+CLEANED = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json",
+           "test_results.json", "two_stage.json")  # fmt: skip
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+KNOWN_DATASETS = ("rsicd", "rsitmd", "ucm", "sydney", "nwpu", "scenes", "twins")
+LAST_PUSH = ".pushed.json"  # repository -> the commit that a folder was pushed as
+MARK = re.compile(r"\n<!-- Written by ieft, (\w{64})\. Without this line the card is kept as it is\. -->\n$")
 
 
 def write_model_card(folder, results=None, *, repo_id=None, base_model=None, training_arguments=None):
@@ -44,7 +60,7 @@ def write_model_card(folder, results=None, *, repo_id=None, base_model=None, tra
         training_arguments: name -> value, shown as a table.
 
     Returns:
-        Path: of the file.
+        Path: of the file. A card that was edited by hand stays, and the new one is `README.generated.md`.
     """
     folder = Path(folder)
     repo_id = repo_id or folder.resolve().name
@@ -57,8 +73,19 @@ def write_model_card(folder, results=None, *, repo_id=None, base_model=None, tra
         has_ranking_picture=(folder / "ranked.png").is_file(),
     )
     path = folder / "README.md"
-    path.write_text(card, encoding="utf-8")
+    if path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
+        print(f"{path} was edited by hand and stays; the new card is README.generated.md.", file=sys.stderr)
+        path = folder / "README.generated.md"
+    digest = hashlib.sha256(card.strip().encode()).hexdigest()
+    mark = f"\n<!-- Written by ieft, {digest}. Without this line the card is kept as it is. -->\n"
+    path.write_text(card.rstrip("\n") + "\n" + mark, encoding="utf-8", newline="\n")
     return path
+
+
+def is_generated(card):
+    """Whether a card's text is as `write_model_card` wrote it."""
+    found = MARK.search(card)
+    return bool(found) and hashlib.sha256(card[: found.start()].strip().encode()).hexdigest() == found.group(1)
 
 
 def render_model_card(
@@ -66,8 +93,8 @@ def render_model_card(
 ):
     """The text of a model card with its metadata; arguments as `write_model_card`."""
     measured = {name: value for name, value in (results or {}).items() if _is_measured(value)}
-    base_model = base_model if base_model and not Path(base_model).exists() else None
-    dataset = Path(measured["dataset"]).name if "dataset" in measured else None
+    base_model = base_model if is_hub_id(base_model) else None
+    dataset = name_dataset(measured.get("dataset"))
     eval_results = _eval_results(measured, dataset)
     title = repo_id.split("/")[-1]
     card_data = ModelCardData(
@@ -77,7 +104,7 @@ def render_model_card(
         pipeline_tag="zero-shot-image-classification",  # the Hub's nearest: sentences compete for an image
         tags=["ieft", "image-text-retrieval", "remote-sensing"],
         base_model=base_model,
-        datasets=[dataset] if dataset else None,
+        datasets=[dataset] if is_hub_id(dataset) else None,
         **({"metrics": ["recall"], "model_name": title, "eval_results": eval_results} if eval_results else {}),
     )
     card = ModelCard.from_template(
@@ -94,11 +121,24 @@ def render_model_card(
         training_arguments=training_arguments,
         has_ranking_picture=has_ranking_picture,
         network=_network_facts(config),
+        fusion_layer=config.first_joint_layer,
         versions=_versions(),
         image_size=config.image_size,
         max_caption_tokens=config.max_position_embeddings,
     )
     return card.content
+
+
+def is_hub_id(name):
+    """Whether a name is "user/name", and no file or folder of this machine."""
+    return bool(name and HUB_ID.fullmatch(str(name)) and not Path(name).exists())
+
+
+def name_dataset(name):
+    """What a card calls a dataset: a Hub id or a known name as it is, a user's own file or folder by no name."""
+    if name is None:
+        return None
+    return name if name in KNOWN_DATASETS or is_hub_id(name) else "a dataset of its own"
 
 
 def _is_measured(value):
@@ -111,7 +151,7 @@ def _eval_results(measured, dataset):
         EvalResult(
             task_type="image-text-retrieval",
             task_name="Image-text retrieval",
-            dataset_type=dataset or "unknown",
+            dataset_type=dataset if is_hub_id(dataset) or dataset in KNOWN_DATASETS else "unknown",
             dataset_name=dataset or "unknown",
             dataset_split="test",
             metric_type="recall",
@@ -139,7 +179,8 @@ def _network_facts(config):
     return {
         "image": f"{config.image_size} x {config.image_size} pixels, {config.num_patches} patches",
         "caption": f"up to {config.max_position_embeddings} tokens of {config.vocab_size}",
-        "joint blocks": f"{config.num_hidden_layers}, {config.hidden_size} wide, {config.num_attention_heads} heads",
+        "joint blocks": f"{config.num_hidden_layers - config.first_joint_layer} of {config.num_hidden_layers}, "
+        f"{config.hidden_size} wide, {config.num_attention_heads} heads",
         "visual enhancement before blocks": stages,
         "embeddings for shortlists": f"{config.contrastive_dim} wide" if config.contrastive_dim else "none",
     }
@@ -155,18 +196,23 @@ def _versions():
     return versions
 
 
-def push_folder(folder, repo_id, *, private=None, token=None, revision=None, commit_message="Upload IEFT"):
-    """A saved folder as one commit: weights, code, processor, model card, results; no training state.
+def push_folder(
+    folder, repo_id, *, private=None, token=None, revision=None, commit_message="Upload IEFT", overwrite=False
+):
+    """Push a saved folder as one commit: weights, code, processor, model card, results. Files that do not belong to
+    the checkpoint stay, and so do paths of this machine.
 
     Args:
         repo_id: "user/name"; made where it does not exist.
         private: whether a new repository is; None follows the account's default.
+        overwrite: whether a repository may be replaced that was not pushed from this folder, or was changed since.
 
     Returns:
         str: the URL of the commit.
 
     Raises:
         FileNotFoundError: that lists what the folder lacks; nothing is pushed then.
+        ValueError: for a repository that holds files of others, without `overwrite`.
     """
     folder = Path(folder)
     needed = ("config.json", "modeling_ieft.py", "processor_config.json", "README.md")
@@ -178,13 +224,32 @@ def push_folder(folder, repo_id, *, private=None, token=None, revision=None, com
             "save_pretrained, and write the page with write_model_card."
         )
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        commit_message=commit_message,
-        allow_patterns=PUSHED,
-        ignore_patterns=NEVER_PUSHED,
-    )
+    record = folder / LAST_PUSH
+    pushed = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    if not overwrite:
+        refuse_to_replace(api, repo_id, revision=revision, pushed=pushed.get(repo_id))
+    files = sorted(file for file in folder.iterdir() if file.name in PUSHED or WEIGHTS.fullmatch(file.name))
+    operations = [CommitOperationAdd(file.name, _pushed_content(file)) for file in files if file.is_file()]
+    name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = api.create_commit(name, operations, revision=revision, commit_message=commit_message)
+    record.write_text(json.dumps(pushed | {repo_id: commit.oid}), encoding="utf-8")
     return commit.commit_url
+
+
+def _pushed_content(file):
+    """A file to push, or its text without paths of this machine."""
+    if file.name not in CLEANED:
+        return file
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return (json.dumps(_without_paths(content), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _without_paths(value):
+    if isinstance(value, list):
+        return [_without_paths(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {
+        name: _without_paths(each) for name, each in value.items() if name not in ("_name_or_path", "name_or_path")
+    }
+    return kept | ({"dataset": name_dataset(kept["dataset"])} if isinstance(kept.get("dataset"), str) else {})

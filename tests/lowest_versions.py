@@ -1,7 +1,7 @@
 """The lowest versions that setup.cfg declares, as constraints for pip; and, run with them, whether the project works.
 
-    python tests/lowest_versions.py > lowest.txt && pip install -e '.[search,geo]' -c lowest.txt
-    python tests/lowest_versions.py --check
+python tests/lowest_versions.py > lowest.txt && pip install -e '.[search,geo]' -c lowest.txt
+python tests/lowest_versions.py --check
 """
 
 import configparser

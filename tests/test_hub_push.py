@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_the_metadata_is_what_the_hub_reads(saved):
     card = ModelCard.load(saved[0] / "README.md")
     data = card.data
     assert (data.license, data.library_name, data.language) == ("apache-2.0", "transformers", "en")
-    assert data.pipeline_tag and data.datasets == ["rsicd"] and data.metrics == ["recall"]
+    assert data.pipeline_tag and data.datasets is None and data.metrics == ["recall"]
     measured = {result.metric_name: result.metric_value for result in data.eval_results}
     assert len(data.eval_results) == 9 and {result.dataset_name for result in data.eval_results} == {"rsicd"}
     assert measured["text to image R@10 (strict)"] == 60.12
@@ -155,4 +156,77 @@ def test_a_base_model_is_named_but_no_path_of_this_machine(tmp_path):
     assert ModelCard(named).data.base_model == "dandelin/vilt-b32-mlm" and "It starts from [dandelin" in named
     assert str(tmp_path) not in render_model_card(tiny_config(), repo_id="a/b", base_model=str(tmp_path))
     on_path = render_model_card(tiny_config(), RESULTS | {"dataset": str(tmp_path / "own")}, repo_id="a/b")
-    assert str(tmp_path) not in on_path and ModelCard(on_path).data.datasets == ["own"]
+    assert str(tmp_path) not in on_path and ModelCard(on_path).data.datasets is None
+
+
+@pytest.mark.parametrize(
+    "given, said, listed",
+    [
+        ("arampacha/rsicd", "arampacha/rsicd", ["arampacha/rsicd"]),
+        ("rsicd", "rsicd", None),
+        ("my secret scenes.csv", "a dataset of its own", None),
+        ("../own/folder", "a dataset of its own", None),
+        ("C:\\Users\\me\\set", "a dataset of its own", None),
+        ("setup.cfg", "a dataset of its own", None),
+    ],
+)
+def test_a_dataset_is_named_as_the_hub_knows_it(given, said, listed):
+    page = render_model_card(tiny_config(), RESULTS | {"dataset": given}, repo_id="a/b")
+    assert f"on the test split of {said}:" in page and ModelCard(page).data.datasets == listed
+    assert given in (said, *(listed or ())) or given not in page
+
+
+def test_the_card_of_a_late_fusion_network_says_so():
+    late = render_model_card(tiny_config(first_joint_layer=1), repo_id="a/b")
+    early = render_model_card(tiny_config(), repo_id="a/b")
+    layers = tiny_config().num_hidden_layers
+    assert f"| {layers - 1} of {layers}, " in late and "whole network" not in late and "below 1" in late
+    assert f"| {layers} of {layers}, " in early and "read by the whole network" in early
+
+
+def test_a_card_edited_by_hand_stays(saved, tmp_path, capsys):
+    shutil.copy(saved[0] / "config.json", tmp_path)
+    assert write_model_card(tmp_path).name == "README.md" == write_model_card(tmp_path, RESULTS).name
+    (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text().replace("# ", "# My ", 1))
+    edited = (tmp_path / "README.md").read_text()
+    assert write_model_card(tmp_path, RESULTS).name == "README.generated.md"
+    assert (tmp_path / "README.md").read_text() == edited and "edited by hand" in capsys.readouterr().err
+
+
+PUSH_AGAIN = """
+import sys
+from ieft.hub import push_folder
+try:
+    print(push_folder(sys.argv[1], sys.argv[2], overwrite=sys.argv[3] == "yes"))
+except ValueError as error:
+    print("refused:", error)
+"""
+
+
+def test_a_push_replaces_its_own_commit_alone_and_holds_no_names_of_the_users(saved, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(saved[0], folder)
+    for name in ("bad_rows.json", "bad_batch_3.json", "notes.json", "model_of_mine.safetensors", "my_ieft.py"):
+        (folder / name).write_text("[]")
+    secret = "/home/somebody/secret"
+    for name in ("config.json", "test_results.json"):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | {"_name_or_path": secret, "dataset": f"{secret}/own.csv"}))
+    name = "someone/ieft-again"
+
+    def push(overwrite="no"):
+        return run_elsewhere(PUSH_AGAIN, folder, name, overwrite, folder=tmp_path, address=address, with_project=True)
+
+    with running_hub() as (address, hub):
+        assert push().startswith(address)
+        assert push().startswith(address)  # the same run goes on
+        files = hub.files(name)
+        hub.commit(name, {"README.md": b"edited on the Hub"})
+        refusal = push()
+        assert "refused:" in refusal and "overwrite=True" in refusal
+        assert hub.files(name)["README.md"] == b"edited on the Hub"
+        assert push("yes").startswith(address)
+    assert not {"bad_rows.json", "bad_batch_3.json", "notes.json", "model_of_mine.safetensors", "my_ieft.py"} & {
+        *files
+    }
+    assert [path for path, content in files.items() if b"somebody" in content or b"own.csv" in content] == []
