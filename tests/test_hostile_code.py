@@ -327,7 +327,7 @@ def test_a_filter_that_is_none_is_an_error_that_shows_it(tmp_path, index, where)
         "file = 'lpad(;'",
         "lower(file) LIKE '%''s%'",
         "CAST(width AS DOUBLE) BETWEEN 0 AND 1",
-        'width > 1e3 AND `height` > 1 AND "width" < .5',
+        'width > 1000 AND `height` > 1 AND "width" < 5',
         "width * height > 10000 AND date_part('year', time) < 1980",
         f"width IN ({', '.join(map(str, range(100, 1000)))})",
         None,
