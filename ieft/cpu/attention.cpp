@@ -1,7 +1,6 @@
-// Attention within tokens, for many heads of a width that is known when this is compiled.
+// Self-attention in float32 for heads of one width, WIDTH, set at compile time; no masks, dropout or gradients.
 //
-// In: query, key and value in float32, each (batch, tokens, heads, WIDTH). Out: the contexts in the same shape, and
-// whether they are good. It does not know masks, dropout or gradients.
+// Query, key, value and context are (batch, tokens, heads, WIDTH). Returns whether all contexts are valid.
 //
 // Logits never reach memory: as many queries as fit one vector register meet a few keys at a time, whose exponentials
 // weigh the values at once (as FlashAttention, Dao et al., NeurIPS 2022). Unlike there, no maximum is subtracted:
