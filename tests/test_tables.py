@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -184,3 +185,45 @@ def test_headers_as_people_write_them(tmp_path):
     }  # fmt: skip
     (tmp_path / "b.csv").write_text("image,caption,subset\na.png,one,train\nb.png,two,test\n")
     assert [row["split"] for row in read_source(tmp_path / "b.csv", "b").rows] == ["train", "test"]
+
+
+@pytest.mark.parametrize("name", ["type", "fold", "usage"])
+def test_splits_in_a_column_of_another_name_are_never_drawn_anew(tmp_path, name):
+    table = pd.DataFrame(
+        {"image": list("abcdef"), "caption": ["a field ."] * 6, name: ["train"] * 4 + ["val", "test"]}
+    )
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    with pytest.raises(ValueError, match=f"column '{name}' holds the names of splits. Rename it `split`"):
+        read_source(tmp_path / "rows.csv", "rows")
+    table[name] = "train"  # of one value alone, nothing follows
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    assert len(read_source(tmp_path / "rows.csv", "rows").rows) == 6
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_captions_of_a_webdataset_end_at_line_ends_alone(tmp_path):
+    captions = ["a field\u2028 with\x85 a \x0bpond\x0c .", "a second\x1c one .", "a third ."]
+    for line_end in ("\n", "\r\n", "\r"):
+        text = line_end.join([*captions, "", ""]).encode()
+        tar = write_tar(tmp_path / "train.tar", {"a.png": b"a", "a.txt": text})
+        assert [row["captions"] for row in read_source(tar, "train").rows] == [captions]
+
+
+def test_captions_of_a_webdataset_in_two_files_are_never_left_out(tmp_path):
+    def read(record):
+        members = {"a.png": b"a", "a.txt": b"a field .", "a.json": json.dumps(record).encode()}
+        return read_source(write_tar(tmp_path / "train.tar", members), "train").rows[0]["captions"]
+
+    for record in ({"captions": ["a field .", "a pond ."]}, {"sentences": ["a", "b"]}, ["a", "b"]):
+        with pytest.raises(ValueError, match=r"a\.json holds 2 captions and a\.txt 1"):
+            read(record)
+    for record in ({"caption": "a field .", "width": 3}, {"captions": ["a field ."]}, {"key": 1}, 5):
+        assert read(record) == ["a field ."]

@@ -387,6 +387,8 @@ class TableRows:
         names = list(dict.fromkeys(name for record in records for name in record))
         image_column, caption_columns = choose_columns(path, names, self._columns)
         split_column = _split_column(names, records)
+        if not split_column:
+            _check_no_other_splits(path, [n for n in names if n not in (image_column, *caption_columns)], records)
         find = lru_cache(maxsize=None)(ImageFinder(root or path.parent).find)  # called once per caption
         for position, record in enumerate(records, self._count):
             try:
@@ -493,6 +495,17 @@ def _split_column(names, records):
         if any(values) and (usual == "split" or all(split_of_value(value) for value in values)):
             return lower[usual]
     return None
+
+
+def _check_no_other_splits(path, names, records):
+    """Raise a ValueError for a column that holds names of splits: other splits would be drawn in their place."""
+    for name in names:
+        splits = {split_of_value(record.get(name)) for record in records}
+        if len(splits) > 1 and None not in splits:
+            raise ValueError(
+                f"{path}: the column {show(name)} holds the names of splits. Rename it `split`, or delete it if they "
+                "are not to be used."
+            )
 
 
 def _split(value, path, position, told):
@@ -632,9 +645,13 @@ def _tar_captions(file, parts, path, key):
     if ".txt" in parts:
         content = _read_at(file, *parts[".txt"])
         try:
-            return [line for line in content.decode("utf-8-sig").splitlines()]
+            text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: {key}.txt is not UTF-8 text ({error}). Write it as UTF-8.") from error
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")
+        captions = lines.split("\n") if lines else []
+        _check_json_has_no_more(file, parts, captions, path, key)
+        return captions
     if ".json" not in parts:
         return []
     try:
@@ -646,6 +663,20 @@ def _tar_captions(file, parts, path, key):
     if not isinstance(record, dict) or not set(CAPTION_COLUMNS) & set(record):
         raise ValueError(f"{path}: {key}.json must have one of {', '.join(CAPTION_COLUMNS)}; found {show(record)}.")
     return _captions(record, [next(name for name in CAPTION_COLUMNS if name in record)])[0]
+
+
+def _check_json_has_no_more(file, parts, captions, path, key):
+    """Raise a ValueError if a sample's .json has more captions than its .txt, which is the one that is read."""
+    try:
+        record = json.loads(_read_at(file, *parts[".json"])) if ".json" in parts else {}
+    except (ValueError, RecursionError):  # metadata in another form
+        return
+    found = record.get("captions") or record.get("sentences") if isinstance(record, dict) else record
+    if isinstance(found, list) and len(found) > len(captions):
+        raise ValueError(
+            f"{path}: {key}.json holds {len(found)} captions and {key}.txt {len(captions)}; which are meant is not "
+            "known. Delete the one or the other."
+        )
 
 
 def _read_at(file, offset, size):
