@@ -26,6 +26,7 @@ except ImportError:  # imported from the clone or the wheel, where these files a
 logger = logging.get_logger(__name__)
 
 STRETCH_PERCENTILES = (2, 98)
+MOST_PARTLY_TRANSPARENT = 0.01  # share of partly transparent pixels in an alpha band; image data has more
 FITS = ("crop", "squash")
 MAX_SIDE = 2**14
 MAX_CAPTION_TOKENS = 2**16
@@ -76,8 +77,7 @@ def open_lazily(file):
 def is_faithful(image):
     """Whether Pillow reads an opened file without losing or distorting what the network could see."""
     if getattr(image, "format", None) != "TIFF":
-        keeps_upper_byte = ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I")
-        return not keeps_upper_byte and getattr(image, "format", None) != "JPEG2000"
+        return getattr(image, "format", None) != "JPEG2000" and not _keeps_upper_byte(image)
     tags = image.tag_v2
     bits, kinds = max(tags.get(BITS_PER_SAMPLE, (1,))), set(tags.get(SAMPLE_FORMAT, (UNSIGNED,)))
     if GDAL_NO_DATA in tags or "colorinterp" in str(tags.get(GDAL_METADATA, "")).lower():
@@ -87,6 +87,15 @@ def is_faithful(image):
     if bits <= 8:
         return kinds == {UNSIGNED}
     return tags.get(SAMPLES_PER_PIXEL, 1) == 1 and (bits == 16 or image.mode == "F")
+
+
+def _keeps_upper_byte(image):
+    """Whether Pillow makes bytes of an image of several bands of 16 bits (PNG, SGI, PPM)."""
+    deep = any(
+        ";16" in str(tile) or "SGI16" in str(tile) or (str(tile[0]).startswith("ppm") and tile[3][-1] > 255)
+        for tile in getattr(image, "tile", ())
+    )
+    return deep and not image.mode.startswith("I")
 
 
 def _has_mask(image):
@@ -195,7 +204,12 @@ def to_rgb(image):
 
 def _upright(image):
     """Apply the EXIF orientation. PIL's `exif_transpose` also rewrites EXIF, which fails for some cameras."""
+    name = getattr(image, "filename", None)
+    if name and getattr(image, "format", None) == "TIFF":
+        image.filename = ""  # or Pillow maps the file into memory, and mixes up the rows of one that it turns
     image.load()  # this applies the orientation of a TIFF
+    if name:
+        image.filename = name
     try:
         orientation = image.getexif().get(ORIENTATION)
     except Exception:  # for damaged EXIF, PIL raises any kind of error, but the pixels are valid
@@ -208,33 +222,52 @@ def _upright(image):
 
 
 def is_unit_float(array):
-    """Whether an array is of floats in [0, 1], as torchvision's ToTensor and most networks have them."""
-    array = np.asarray(array)
-    return array.dtype.kind == "f" and array.size > 0 and float(array.min()) >= 0 and float(array.max()) <= 1
+    """Whether an array is of floats in [0, 1], as torchvision's ToTensor and most networks have them; NaN may be
+    among them."""
+    array = np.ma.getdata(array)
+    if array.dtype.kind != "f" or array.size == 0:
+        return False
+    array = array[~np.isnan(array)]
+    return array.size > 0 and float(array.min()) >= 0 and float(array.max()) <= 1
 
 
 def array_to_rgb(array):
-    """Convert an array (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 bands to PIL RGB.
+    """An array (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 bands -> PIL RGB.
 
-    uint8 values are kept, floats in [0, 1] are multiplied by 255; all others are stretched band by band.
+    Bytes are taken as they are, floats in [0, 1] as bytes divided by 255; any others are stretched band by band. What
+    is masked, not a number, or transparent by a fourth band is black.
 
     Raises:
-        ValueError: if the number of dimensions or bands is another.
+        ValueError: for another number of dimensions or bands, and for a fourth band that holds a picture.
     """
-    array = np.asarray(array)
+    array = array if isinstance(array, np.ma.MaskedArray) else np.asarray(array)
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape or array.dtype.kind not in "buifc":
         raise ValueError(
-            f"An image array of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 bands expected; got "
-            f"{array.shape}. Choose three bands first."
+            f"An image array of numbers of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 bands expected; got "
+            f"{array.shape} of {array.dtype}. Choose three bands first."
         )
+    is_data, array = ~np.ma.getmaskarray(array).all(axis=2), np.ma.getdata(array)
+    if array.shape[2] == 4:
+        alpha = array[:, :, 3]
+        if ((alpha != 0) & (alpha != alpha.max())).mean() > MOST_PARTLY_TRANSPARENT:
+            raise ValueError(
+                "The fourth band of this array could be an alpha band or a picture, such as near infrared: choose "
+                "three bands first."
+            )
+        is_data, array = is_data & (alpha != 0), array[:, :, :3]
     if is_unit_float(array):
-        array = (array.astype(np.float64) * 255).round().astype(np.uint8)
+        array = (np.nan_to_num(array.astype(np.float64)) * 255).round().astype(np.uint8)
+    elif array.dtype == bool:
+        array = array.astype(np.uint8) * 255
     elif array.dtype != np.uint8:
+        array = np.abs(array) if array.dtype.kind == "c" else array
+        array = np.where(is_data[:, :, None], array, np.nan)
         array = np.stack([stretch_to_bytes(array[:, :, band]) for band in range(array.shape[2])], axis=2)
+    array = np.where(is_data[:, :, None], array, 0).astype(np.uint8)
     return to_rgb(Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array))
 
 
@@ -246,10 +279,15 @@ def image_to_rgb(image):
     """
     if not isinstance(image, Image.Image):
         return array_to_rgb(image)
-    if is_faithful(image):
-        return to_rgb(image)
     name = getattr(image, "filename", "")
-    if not name or not _is_file(name):
+    has_file = bool(name) and _is_file(name)
+    if is_faithful(image):
+        try:
+            return to_rgb(image)
+        except Exception as error:  # closed, truncated, or of a compression that Pillow knows by name alone
+            if not has_file:
+                raise ValueError(f"This image cannot be read: {error or type(error).__name__}") from error
+    elif not has_file:
         raise _beyond_pillow("This image")
     return open_picture(name)
 
@@ -346,10 +384,33 @@ class IeftImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": np.stack(pixels)}, return_tensors)
 
     def fetch_images(self, images):
-        """Read paths, URLs and base64 strings with `open_picture`; anything else is returned unchanged."""
+        """Read paths, URLs, base64, bytes and open files with `open_picture`; PIL images and arrays stay as they are.
+
+        Raises:
+            ValueError: for anything else.
+        """
         if isinstance(images, list | tuple):
             return [self.fetch_images(image) for image in images]
-        return open_picture(_fetch(images)) if isinstance(images, str) else super().fetch_images(images)
+        if isinstance(images, str):
+            return open_picture(_fetch(images))
+        if isinstance(images, os.PathLike):
+            return open_picture(os.fspath(images))
+        if isinstance(images, bytes | bytearray):
+            return open_picture(bytes(images))
+        if isinstance(images, Image.Image):
+            return images
+        if hasattr(images, "read"):
+            return open_picture(images.read(MAX_IMAGE_BYTES))
+        if hasattr(images, "detach"):  # of torch; numpy has no bfloat16
+            images = images.detach().cpu()
+            images = (images.float() if images.is_floating_point() else images).numpy()
+        if not hasattr(images, "__array__"):
+            raise ValueError(
+                "An image is a path, a URL, a PIL image, an array, a tensor, or a file's bytes; got "
+                f"{type(images).__name__}."
+            )
+        images = images if isinstance(images, np.ndarray) else np.asarray(images)
+        return images[:, :, None] if images.ndim == 2 else images
 
     def _to_array(self, image, settings):
         rgb = image_to_rgb(image)

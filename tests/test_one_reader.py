@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -19,7 +20,7 @@ from ieft.data import images
 from ieft.data.images import Scene, Window, read_picture
 from ieft.search.archive_files import read_hit
 from prepare_datasets import load_retrieval_dataset
-from processing_ieft import IeftImageProcessor, to_rgb
+from processing_ieft import IeftImageProcessor, array_to_rgb, to_rgb
 
 SIDE = 64
 RNG = np.random.default_rng(0)
@@ -67,6 +68,24 @@ def with_exif_that_cannot_be_written(path):
     path.write_bytes(buffer.getvalue()[:2] + segment + buffer.getvalue()[2:])
 
 
+def set_orientation(path, orientation):
+    """Write the tag of a little-endian TIFF, in a copy of its first directory at its end."""
+    content = path.read_bytes() + b"\0" * (path.stat().st_size % 2)
+    start = int.from_bytes(content[4:8], "little")
+    count = int.from_bytes(content[start : start + 2], "little")
+    entries = [content[start + 2 + 12 * each : start + 14 + 12 * each] for each in range(count)]
+    entries = [entry for entry in entries if entry[:2] != struct.pack("<H", 274)]
+    entries = sorted([*entries, struct.pack("<HHIHH", 274, 3, 1, orientation, 0)], key=lambda entry: entry[1::-1])
+    following = content[start + 2 + 12 * count : start + 6 + 12 * count]
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + following
+    path.write_bytes(content[:4] + struct.pack("<I", len(content)) + content[8:] + directory)
+
+
+def write_turned(path, pixels, orientation, **options):
+    write(path, pixels, **options)
+    set_orientation(path, orientation)
+
+
 CUT_ALPHA = np.where(np.indices((SIDE, SIDE))[0] < 20, 0, 255).astype(np.uint8)
 KINDS = {
     "a.jpg": lambda path: save(path, PHOTO, quality=95),
@@ -99,13 +118,18 @@ KINDS = {
     "alpha.tif": lambda path: write(
         path, np.concatenate([BYTES[:3], CUT_ALPHA[None]]), photometric="rgb", alpha="yes"
     ),
+    "turned_grey.tif": lambda path: write_turned(path, BYTES[:1], 6),
+    "turned_deep_grey.tif": lambda path: write_turned(path, DEEP[:1], 8),
+    "turned_deep.tif": lambda path: write_turned(path, DEEP[:3], 3, photometric="rgb"),
+    "turned_no_data.tif": lambda path: write_turned(path, BYTES[:3], 7, nodata=0, photometric="rgb"),
+    "complex_int16.tif": lambda path: write(path, DEEP[:1].astype(np.complex64), dtype="complex_int16"),
     "one_bit.tif": lambda path: write(path, BYTES[:1] % 2, nbits=1),
     "white_is_0.tif": lambda path: write(path, BYTES[:1], photometric="miniswhite"),
     "a.jp2": lambda path: write(path, BYTES[:3], driver="JP2OpenJPEG", QUALITY=100, REVERSIBLE="YES"),
 }
 
 
-UNKNOWN_TO_PILLOW = ("negative.tif", "float.tif", "no_data16.tif", "bgrn.tif", "bgr.tif")
+UNKNOWN_TO_PILLOW = ("negative.tif", "float.tif", "no_data16.tif", "bgrn.tif", "bgr.tif", "complex_int16.tif")
 
 
 def processed(image):
@@ -173,6 +197,39 @@ def test_the_colours_are_those_that_the_file_means(tmp_path):
         ImageOps.exif_transpose(image)
 
 
+UPRIGHT = {
+    2: lambda image: image[:, ::-1], 3: lambda image: image[::-1, ::-1], 4: lambda image: image[::-1],
+    5: lambda image: image.transpose(1, 0, 2), 6: lambda image: np.rot90(image, -1),
+    7: lambda image: image[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("options", [{"photometric": "rgb"}, {"photometric": "rgb", "nodata": 0}, {}])
+def test_every_tiff_is_turned_upright_whole_and_by_window(tmp_path, monkeypatch, orientation, options):
+    path = tmp_path / "a.tif"
+    stored = BYTES[:3, :40] if options else DEEP[:1, :40]  # higher than wide, and wider than high
+    write(path, stored, **options)
+    expected = UPRIGHT[orientation](np.asarray(read_picture(path)))
+    set_orientation(path, orientation)
+    for file in (path, path.read_bytes()):
+        assert np.array_equal(np.asarray(read_picture(file)), expected)
+    assert np.array_equal(np.asarray(to_rgb(Image.open(path))), expected) or "nodata" in options
+    monkeypatch.setattr(images, "MAX_PIXELS", 0)
+    with Scene(path) as scene:
+        assert (scene.height, scene.width) == expected.shape[:2]
+        assert np.array_equal(np.asarray(scene.read(Window(3, 7, 20, 30))), expected[7:37, 3:23])
+
+
+def test_deep_colours_that_pillow_would_clip_are_refused_by_name(tmp_path):
+    path = tmp_path / "a.ppm"
+    path.write_bytes(b"P6 64 64 65535\n" + DEEP[:3].transpose(1, 2, 0).astype(">u2").tobytes())
+    with pytest.raises(ValueError, match=r"a\.ppm cannot be read as an image: .* bit depth"):
+        read_picture(path)
+    path.write_bytes(b"P6 64 64 255\n" + BYTES[:3].transpose(1, 2, 0).tobytes())
+    assert np.array_equal(np.asarray(read_picture(path)), np.asarray(PHOTO))
+
+
 ASKED = {
     "four bands": lambda path: write(path, BYTES, photometric="minisblack"),
     "alpha that is none": lambda path: write(path, BYTES, photometric="rgb", alpha="yes"),
@@ -206,6 +263,45 @@ def test_floats_from_0_to_1_are_the_bytes_they_were_made_of():
     for image in (tensor, tensor.numpy(), array / 255.0, array.astype(np.float16) / np.float16(255)):
         assert torch.equal(IeftImageProcessor(32)(image)["pixel_values"], expected)
     assert torch.equal(IeftImageProcessor(32)(tensor, do_rescale=False)["pixel_values"], expected)
+
+
+def test_arrays_and_files_of_all_kinds_are_the_image_they_hold(tmp_path):
+    PHOTO.save(tmp_path / "a.png")
+    content, array = (tmp_path / "a.png").read_bytes(), np.asarray(PHOTO).copy()
+    expected = IeftImageProcessor(32)(PHOTO)["pixel_values"]
+    tensor = torch.from_numpy(array).permute(2, 0, 1) / 255
+    given = [tmp_path / "a.png", content, bytearray(content), io.BytesIO(content), tensor.clone().requires_grad_()]
+    for image in (*given, [given[0]], np.dstack([array / 255, np.ones((SIDE, SIDE))])):
+        assert torch.equal(IeftImageProcessor(32)(image)["pixel_values"], expected)
+    assert (IeftImageProcessor(32)(tensor.to(torch.bfloat16))["pixel_values"] - expected).abs().max() < 0.02
+    closed = Image.open(tmp_path / "a.png")
+    closed.close()
+    assert torch.equal(IeftImageProcessor(32)(closed)["pixel_values"], expected)
+    assert IeftImageProcessor(32)(array[:, :, 0])["pixel_values"].shape == (1, 3, 32, 32)
+    for image in (None, 3, [None], {"bytes": content}, array.astype(object)):
+        with pytest.raises(ValueError, match="An image"):
+            IeftImageProcessor(32)(image)
+
+
+@pytest.mark.parametrize("scale", [np.uint8(1), np.uint16(200), np.float32(1 / 255), np.float64(37)])
+def test_what_an_array_marks_as_no_data_is_black_and_changes_nothing_else(scale):
+    shown = BYTES[:3, 20:].transpose(1, 2, 0) * scale
+    expected = np.asarray(array_to_rgb(shown))
+    hidden = np.full((20, SIDE, 3), 200 * scale, shown.dtype)
+    whole = np.concatenate([hidden, shown])
+    mask = np.repeat(CUT_ALPHA[:, :, None] == 0, 3, axis=2)
+    top = np.iinfo(shown.dtype).max if shown.dtype.kind == "u" else 1
+    arrays = [np.ma.masked_array(whole, mask), np.dstack([whole, (CUT_ALPHA > 0) * top]).astype(shown.dtype)]
+    arrays += [np.where(mask, np.nan, whole)] if shown.dtype.kind == "f" else []
+    for array in arrays:
+        pixels = np.asarray(array_to_rgb(array))
+        assert not pixels[:20].any() and np.array_equal(pixels[20:], expected)
+
+
+def test_a_fourth_band_of_an_array_that_holds_a_picture_is_asked_about():
+    for array in (DEEP, DEEP / 1e5, BYTES, BYTES.transpose(1, 2, 0)):
+        with pytest.raises(ValueError, match="choose three bands"):
+            IeftImageProcessor(32)(array)
 
 
 def test_without_the_full_reader_what_pillow_would_spoil_is_refused_by_name(tmp_path, monkeypatch):

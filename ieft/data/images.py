@@ -16,7 +16,7 @@ from typing import NamedTuple
 from PIL import Image, ImageOps
 
 from ieft.data.rasters import Raster, has_raster_driver, is_tiff
-from processing_ieft import check_bands, is_faithful, open_lazily, to_rgb
+from processing_ieft import ORIENTATION, check_bands, is_faithful, open_lazily, to_rgb
 
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # files that it cannot read are read by rasterio
 
@@ -62,6 +62,8 @@ def is_plain(file, *, bands=None):
     try:
         with open_lazily(file) as image:
             plain = is_faithful(image) and image.width * image.height <= MAX_PIXELS
+            if image.format == "TIFF" and image.tag_v2.get(ORIENTATION, 1) != 1:
+                return False  # Pillow mixes up the rows of some, which `to_rgb` alone prevents
             ImageOps.exif_transpose(image)  # as the datasets library does; it fails for the EXIF of some cameras
             if plain and image.format == "TIFF":
                 image.load()  # Pillow opens some compressions that it cannot decode
@@ -97,7 +99,8 @@ class Scene:
 
     Attributes:
         width, height: in pixels, of the upright image.
-        dataset: the opened rasterio dataset, for georeferencing; None for other kinds of files, and without rasterio.
+        dataset: the opened rasterio dataset, for georeferencing; None for other kinds of files, for those that had to
+            be turned upright, and without rasterio.
     """
 
     def __init__(self, file, limits=None, *, bands=None):
@@ -120,7 +123,7 @@ class Scene:
                 self._raster = self._open_raster(bands, limits)
             if self._image is None and width * height <= MAX_PIXELS:
                 self._image = self._raster.read()
-            self.width, self.height = self._image.size if self._image else (width, height)
+            self.width, self.height = self._image.size if self._image else (self._raster.width, self._raster.height)
 
     def _open_raster(self, bands, limits):
         try:
@@ -139,7 +142,8 @@ class Scene:
 
     @property
     def dataset(self):
-        return self._raster and self._raster.dataset
+        is_turned = self._raster and self._raster.orientation != 1
+        return None if is_turned else self._raster and self._raster.dataset
 
     @property
     def limits(self):
@@ -182,6 +186,9 @@ def _read_by_pillow(file, bands, *, most_pixels=None):
             small = most_pixels is None or image.width * image.height <= most_pixels
             if image.format == "TIFF":
                 return to_rgb(image) if small and not bands and is_faithful(image) else None
+            deep = image.mode == "F" or image.mode.startswith("I")
+            if deep and not small and has_raster_driver(file):
+                return None  # stretched whole, it would take gigabytes
             if is_faithful(image):
                 return _shrink(_pick_bands(image, bands), most_pixels)
             if image.format == "PNG":

@@ -4,20 +4,28 @@ The format is recognised by the file's content, only the driver of that format m
 some GDAL formats refer to other files, and GDAL would also read files beside the image as parts of it.
 """
 
+import io
 import logging
 import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from processing_ieft import STRETCH_PERCENTILES, check_bands
+from processing_ieft import (
+    MOST_PARTLY_TRANSPARENT,
+    ORIENTATION,
+    STRETCH_PERCENTILES,
+    UPRIGHT,
+    check_bands,
+    open_lazily,
+)
 
 MAX_SCENE_PIXELS = 2**32
 MAX_BLOCK_BYTES = 2**28  # a block of a TIFF has to be decoded as a whole
 CACHE_MEGABYTES = 64
 REDUCED = 1024  # longest side of the reduced image from which the stretch and the kind of an alpha band are derived
-MOST_PARTLY_TRANSPARENT = 0.01  # share of partly transparent pixels in an alpha band; image data has more
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # First bytes of a file -> GDAL driver.
 DRIVERS = dict.fromkeys(TIFF_STARTS, "GTiff") | {
@@ -25,6 +33,7 @@ DRIVERS = dict.fromkeys(TIFF_STARTS, "GTiff") | {
     b"\0\0\0\x0cjP": "JP2OpenJPEG",
     b"\xff\x4f\xff\x51": "JP2OpenJPEG",
 }
+SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
 BY_WINDOW = ("GTiff", "JP2OpenJPEG")  # a PNG is always decoded whole
 
 
@@ -42,8 +51,9 @@ class Raster:
     """A file opened by rasterio without any other files, as a context manager.
 
     Attributes:
-        width, height: in pixels.
-        dataset: the opened rasterio dataset.
+        width, height: in pixels, of the upright image.
+        dataset: the opened rasterio dataset, in the orientation of the file.
+        orientation: as numbered by EXIF and TIFF; 1 is upright.
     """
 
     def __init__(self, file, bands=None, limits=None):
@@ -61,12 +71,15 @@ class Raster:
         self.rasterio = _import_rasterio()
         driver = _driver(file)
         if driver is None:
-            raise ValueError("it is not an image in a supported format")
+            raise ValueError("it is not an image in a supported format and bit depth")
         self._memory = self.rasterio.io.MemoryFile(file) if isinstance(file, bytes) else None
         place = self._memory.name if self._memory else Path(file).resolve()
         with self._environment():
             self.dataset = self.rasterio.open(place, driver=driver, sharing=False)
         self.width, self.height = self.dataset.width, self.dataset.height
+        self.orientation = _find_orientation(file)
+        if self.orientation in SIDEWAYS:
+            self.width, self.height = self.height, self.width
         self._bands, self._limits, self._chosen = bands, limits, None
         try:
             _check_size(self.dataset)
@@ -118,7 +131,7 @@ class Raster:
             window: (col, row, width, height) in pixels.
             share: scale factor of width and height, at most 1.
         """
-        col, row, width, height = window or (0, 0, self.width, self.height)
+        col, row, width, height = self._as_stored(*(window or (0, 0, self.width, self.height)))
         part = ((row, row + height), (col, col + width))
         shape = (max(1, int(height * share)), max(1, int(width * share)))
         palette = self._palette()
@@ -131,7 +144,18 @@ class Raster:
         else:
             pixels = self._full_range(pixels)
         pixels = np.where(is_data, pixels, 0).astype(np.uint8)  # (1 or 3, H, W)
-        return Image.fromarray(np.broadcast_to(pixels, (3, *is_data.shape)).transpose(1, 2, 0).copy())
+        image = Image.fromarray(np.broadcast_to(pixels, (3, *is_data.shape)).transpose(1, 2, 0).copy())
+        return image.transpose(UPRIGHT[self.orientation]) if self.orientation in UPRIGHT else image
+
+    def _as_stored(self, col, row, width, height):
+        """A window of the upright image in the file's own columns and rows."""
+        if self.orientation in SIDEWAYS:
+            col, row, width, height = row, col, height, width
+        if self.orientation in (2, 3, 7, 8):
+            col = self.dataset.width - col - width
+        if self.orientation in (3, 4, 6, 7):
+            row = self.dataset.height - row - height
+        return col, row, width, height
 
     def _read(self, part=None, shape=None, how="average"):
         """Bands (1 or 3, h, w), and a mask of pixels with data (h, w)."""
@@ -205,8 +229,9 @@ class Raster:
         return 255 - pixels if tags.get("MINISWHITE") == "YES" else pixels
 
     def _reduced_shape(self):
-        shrink = max(1, max(self.width, self.height) / REDUCED)
-        return max(1, int(self.height / shrink)), max(1, int(self.width / shrink))
+        width, height = self.dataset.width, self.dataset.height
+        shrink = max(1, max(width, height) / REDUCED)
+        return max(1, int(height / shrink)), max(1, int(width / shrink))
 
 
 def find_limits(band, is_data):
@@ -230,7 +255,8 @@ def stretch(band, low, high):
 def _check_size(dataset):
     """Raise a ValueError for images that cannot be read in bounded memory and time."""
     height, width = dataset.block_shapes[0]
-    block = height * width * dataset.count * np.dtype(dataset.dtypes[0]).itemsize
+    kind = dataset.dtypes[0].replace("complex_int16", "int32")  # which numpy does not know: two of 16 bits
+    block = height * width * dataset.count * np.dtype(kind).itemsize
     if dataset.width * dataset.height > MAX_SCENE_PIXELS or block > MAX_BLOCK_BYTES:
         raise ValueError(
             f"{dataset.width} x {dataset.height} pixels in blocks of {width} x {height}, too large to be read safely, "
@@ -248,6 +274,22 @@ def _import_rasterio():
         raise ImportError("images of this kind need rasterio: pip install 'ieft[geo]'") from error
     logging.getLogger("rasterio").setLevel(logging.CRITICAL)  # errors are raised; they need not be printed too
     return rasterio
+
+
+def _find_orientation(file):
+    """How the file says that it has to be turned, which GDAL leaves to others; Pillow opens fewer TIFFs than it."""
+    try:
+        if not is_tiff(file):
+            with open_lazily(file) as image:
+                return image.getexif().get(ORIENTATION, 1)
+        with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
+            start = opened.read(8)
+            tags = ImageFileDirectory_v2(start + opened.read(8) if 43 in start[2:4] else start)
+            opened.seek(tags.next)
+            tags.load(opened)
+            return tags.get(ORIENTATION, 1)
+    except Exception:  # of damaged tags, Pillow raises anything: the pixels are good all the same
+        return 1
 
 
 def _driver(file):
