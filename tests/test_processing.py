@@ -129,7 +129,7 @@ def test_captions_are_cut_with_one_warning(processor, caplog):
     assert encoding["input_ids"].shape == (2, 40)
     assert encoding["input_ids"][0, -1] == processor.tokenizer.sep_token_id
     assert encoding["attention_mask"].sum(1).tolist() == [40, 5]
-    assert sum("cut" in record.message for record in caplog.records) == 1
+    assert sum("truncated" in record.message for record in caplog.records) == 1
     assert processor(text=CAPTIONS)["input_ids"].shape[1] < 40  # padded to the longest only
     assert processor(text=CAPTIONS, padding="max_length")["input_ids"].shape == (2, 40)
 
