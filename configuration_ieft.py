@@ -1,5 +1,7 @@
 """Configuration of an IEFT network, saved as `config.json`."""
 
+from difflib import get_close_matches
+
 from huggingface_hub.errors import StrictDataclassError
 from transformers import ViltConfig
 from transformers.activations import ACT2FN
@@ -33,6 +35,21 @@ NUMBERS = {
 MAX_PATCHES = 2**16
 MAX_PARAMETERS = 2**32  # 17 GB in float32; the published network has a hundred million
 MAX_LABELS = 2**16  # IEFT has no use for labels, but transformers names each of them
+
+
+IS_HUB_CODE = "." in __name__  # loaded from a checkpoint, by a user who trusts its code
+FURTHER_FIELDS = {"num_labels", "num_images", "max_image_length", "qkv_bias"}  # of ViLT and of transformers
+
+
+def check_spelling(given, known):
+    """Raise a ValueError if a name in `given` is not in `known`, but almost.
+
+    Other unknown names are left to transformers, which keeps them for its own use and for later versions.
+    """
+    for name in sorted(set(given) - set(known)):
+        close = get_close_matches(name, known, n=1, cutoff=0.85)
+        if close:
+            raise ValueError(f"There is no option {name}; did you mean {close[0]}?")
 
 
 class IeftConfig(ViltConfig):
@@ -77,6 +94,9 @@ class IeftConfig(ViltConfig):
 
     def __post_init__(self, **kwargs):
         _check_further_fields(type(self), kwargs)
+        check_spelling(kwargs.keys() - FURTHER_FIELDS, type(self).__dataclass_fields__)
+        if not IS_HUB_CODE:
+            kwargs.pop("custom_pipelines", None)  # the installed pipeline is used; transformers would load Hub code
         try:
             super().__post_init__(**kwargs)
         except (AttributeError, KeyError, TypeError, OverflowError, ArithmeticError) as error:  # of transformers' own
@@ -151,6 +171,7 @@ class IeftConfig(ViltConfig):
             ValueError: as the class, and where the file asks for attention from a kernel on the Hub, which is code.
         """
         _check_attention(config_dict)
+        check_spelling(kwargs.keys() - FURTHER_FIELDS, cls.__dataclass_fields__)
         made = super().from_dict(config_dict, **kwargs)
         (made[0] if isinstance(made, tuple) else made)._check_ranges()
         return made

@@ -179,6 +179,12 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
             ValueError: for a wrong image size, a caption longer than the position table, unequal batches, padding
                 among the pixels.
         """
+        unknown = sorted(name for name, value in kwargs.items() if value is not None)
+        if unknown:
+            raise ValueError(
+                f"The network takes no {', '.join(unknown)}: it would be ignored. See `IeftModel.forward` for the "
+                "arguments; losses are computed by `IeftTrainer`."
+            )
         if pixel_mask is not None and not bool(pixel_mask.all()):
             raise ValueError("pixel_mask of ones expected: IEFT reads the whole square image. Leave pixel_mask out.")
         text = self.embeddings.mark_captions(self.embed_captions(input_ids, token_type_ids, inputs_embeds))

@@ -42,7 +42,9 @@ class ImageTextRetrievalPipeline(Pipeline):
         Raises:
             ValueError: as `rank_candidates`.
         """
-        at_once = batch_size or self._batch_size or CANDIDATES_AT_ONCE
+        at_once = self._batch_size or CANDIDATES_AT_ONCE if batch_size is None else batch_size
+        if type(at_once) is not int or at_once < 1:
+            raise ValueError(f"batch_size must be a whole number of candidates, 1 or more; got {at_once!r}.")
         options = {"top_k": top_k, "candidates_at_once": at_once}
         if _is_one_query(image_or_caption):
             return super().__call__({"query": image_or_caption, "candidates": candidates}, **options)

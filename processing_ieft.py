@@ -19,15 +19,18 @@ from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKw
 from transformers.utils import logging
 
 try:
-    from .configuration_ieft import IeftConfig
+    from .configuration_ieft import IeftConfig, check_spelling
 except ImportError:  # imported from the clone or the wheel, where these files are top-level modules
-    from configuration_ieft import IeftConfig
+    from configuration_ieft import IeftConfig, check_spelling
 
 logger = logging.get_logger(__name__)
 
 STRETCH_PERCENTILES = (2, 98)
 MOST_PARTLY_TRANSPARENT = 0.01  # share of partly transparent pixels in an alpha band; image data has more
 FITS = ("crop", "squash")
+IMAGE_OPTIONS = (
+    "size", "fit", "do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
+)  # fmt: skip
 MAX_SIDE = 2**14
 MAX_CAPTION_TOKENS = 2**16
 # PIL supports about forty more, and runs an external program to read one of them (EPS).
@@ -315,6 +318,8 @@ class IeftImageProcessor(BaseImageProcessor):
         shadowed = [name for name in kwargs if name.startswith("__") or callable(getattr(type(self), name, None))]
         if shadowed:
             raise ValueError(f"{shadowed[0]!r} cannot be set: it is an attribute of IeftImageProcessor.")
+        check_spelling(kwargs, ("image_size", *IMAGE_OPTIONS))
+        self._check(fit=fit, image_mean=image_mean, image_std=image_std)
         super().__init__(**kwargs)
         sides = {_side(each) for each in (image_size, size) if each is not None} or {384}
         if len(sides) > 1:
@@ -324,7 +329,6 @@ class IeftImageProcessor(BaseImageProcessor):
         self.do_resize, self.do_rescale, self.do_normalize = do_resize, do_rescale, do_normalize
         self.rescale_factor, self.image_mean, self.image_std = rescale_factor, list(image_mean), list(image_std)
         self.fit = fit
-        self._check(fit=fit, image_mean=image_mean, image_std=image_std)
 
     @property
     def image_size(self):
@@ -341,7 +345,11 @@ class IeftImageProcessor(BaseImageProcessor):
         if fit not in FITS:
             raise ValueError(f"fit must be one of {', '.join(FITS)}; got {fit!r}.")
         for name, values in (("image_mean", image_mean), ("image_std", image_std)):
-            if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
+            if (
+                not hasattr(values, "__len__")
+                or len(values) != 3
+                or not all(isinstance(value, int | float) for value in values)
+            ):
                 raise ValueError(f"{name} must be three numbers; got {values!r}.")
         if 0 in image_std:
             raise ValueError(f"image_std must not hold 0; got {image_std!r}.")
@@ -356,6 +364,12 @@ class IeftImageProcessor(BaseImageProcessor):
         except Exception as error:  # for malformed content, transformers raises any kind of error
             raise ValueError(f"{source} holds no image processor that can be read: {error}") from error
 
+    @classmethod
+    def from_dict(cls, image_processor_dict, **kwargs):
+        """As in transformers, but a misspelt option is a ValueError."""
+        check_spelling(kwargs, ("image_size", *IMAGE_OPTIONS))
+        return super().from_dict(image_processor_dict, **kwargs)
+
     def __call__(self, images, **kwargs):
         return self.preprocess(images, **kwargs)
 
@@ -368,12 +382,11 @@ class IeftImageProcessor(BaseImageProcessor):
         Returns:
             BatchFeature: `pixel_values` (I, 3, image_size, image_size) float32, in [-1, 1] by default.
         """
-        names = ("size", "fit", "do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-        unknown = sorted(kwargs.keys() - set(names))
+        unknown = sorted(kwargs.keys() - set(IMAGE_OPTIONS))
         if unknown:
-            raise ValueError(f"There is no option {', '.join(unknown)}; there are {', '.join(names)}.")
+            raise ValueError(f"There is no option {', '.join(unknown)}; there are {', '.join(IMAGE_OPTIONS)}.")
         given = {name: value for name, value in kwargs.items() if value is not None}
-        settings = {name: getattr(self, name) for name in names} | given
+        settings = {name: getattr(self, name) for name in IMAGE_OPTIONS} | given
         self._check(**settings)
         if isinstance(images, list | tuple) and not images:
             raise ValueError("At least one image expected; got an empty list.")
@@ -526,6 +539,8 @@ class IeftProcessor(ProcessorMixin):
         options = self._options(kwargs)
         data = {}
         if text is not None:
+            if not isinstance(text, str) and (isinstance(text, Image.Image) or not hasattr(text, "__iter__")):
+                raise ValueError(f"A caption or a list of captions expected as text; got a {type(text).__name__}.")
             text = [text] if isinstance(text, str) else list(text)
             check_text(text)
             encoding = self.tokenizer(text, **{"max_length": self.max_caption_tokens} | options["text_kwargs"])
@@ -543,7 +558,7 @@ class IeftProcessor(ProcessorMixin):
             ValueError: for an unknown option.
         """
         groups = {"text_kwargs": TextKwargs, "images_kwargs": IeftImagesKwargs}
-        known = {name for group in groups.values() for name in group.__annotations__} - {"return_tensors"}
+        known = {*TextKwargs.__annotations__, *IMAGE_OPTIONS} - {"return_tensors"}
         nested = {name for group in groups for name in kwargs.get(group) or ()}
         unknown = sorted((kwargs.keys() - groups.keys() | nested) - known)
         if unknown:

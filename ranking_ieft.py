@@ -6,6 +6,7 @@
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -186,14 +187,16 @@ def rank_candidates(model, processor, query, candidates, *, top_k=None, candidat
     """
     if isinstance(query, list | tuple | dict | set):
         raise ValueError(f"One image or caption expected as the query; got a {type(query).__name__} of {len(query)}.")
+    if isinstance(candidates, Iterator):
+        candidates = list(candidates)
     if isinstance(candidates, str | os.PathLike) or not len(candidates):
         raise ValueError(f"A list of at least one candidate expected; got {candidates!r}.")
     if any(isinstance(candidate, list | tuple | dict | set) for candidate in candidates):
         raise ValueError("Each candidate must be one caption or one image; got a list among them.")
     if candidates_at_once < 1:
         raise ValueError(f"batch_size must be 1 or more; got {candidates_at_once}.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be 1 or more, or None for all candidates; got {top_k}.")
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
+        raise ValueError(f"top_k must be 1 or more, or None for all candidates; got {top_k!r}.")
     kind = _kind_of(query, candidates)
     score = _score_captions if kind == "caption" else _score_images
     with evaluation_mode(model), torch.no_grad():

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from transformers.utils import logging
 
 from ieft.training.checkpoints import find_damage, find_last_checkpoint, write_json
 
+logger = logging.get_logger(__name__)
 RECORD, LOCK = ".run.json", ".lock"
 MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin")
 RESULT_FILES = ("*_results.json", "eval_datasets.json", "two_stage.json", "ranked.png")
@@ -126,6 +128,11 @@ class OutputFolder:
             )
 
     def _check_same_run(self):
+        if not self._recorded().get("training"):
+            logger.warning(
+                "%s holds no readable %s (earlier versions wrote none), so its options cannot be compared with those "
+                "of this command: make sure that they are the same.", self.path, RECORD,
+            )  # fmt: skip
         changed = _differences(self._recorded().get("training"), self.training)
         if changed:
             raise ValueError(

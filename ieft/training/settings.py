@@ -1,6 +1,7 @@
 """Reads options from a JSON or YAML file as command-line arguments, so that the same checks apply to both."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -17,7 +18,8 @@ def read_settings(path, known):
     Raises:
         ValueError: if the file is not an object of options, or contains an unknown option.
     """
-    load, kind = (json.loads, "JSON") if str(path).endswith(".json") else (yaml.safe_load, "YAML")
+    is_json = str(path).endswith(".json")
+    load, kind = (partial(json.loads, object_pairs_hook=_once_each), "JSON") if is_json else (_load_yaml, "YAML")
     try:
         settings = load(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -36,6 +38,22 @@ def read_settings(path, known):
         elif value is not None:
             arguments.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return arguments
+
+
+def _once_each(pairs):
+    """The pairs of a JSON or YAML object as a dict; parsers would take the last of two values without a word."""
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} stands in it twice")
+    return dict(pairs)
+
+
+def _load_yaml(text):
+    root = yaml.compose(text, yaml.SafeLoader)
+    if isinstance(root, yaml.MappingNode):
+        _once_each([(name.value, value) for name, value in root.value])
+    return yaml.safe_load(text)
 
 
 def refuse_settings(path, message):

@@ -29,6 +29,11 @@ from ieft.training.distillation import group_divergence, listwise_divergence
 from ieft.training.distributed import gather_rows, process_count, process_rank, sum_over_processes
 from ieft.training.hard_negatives import NeighbourSampler
 
+# Options of transformers that ranking does not read, and the values that leave them out.
+UNREAD = {
+    "label_smoothing_factor": 0.0, "prediction_loss_only": False, "batch_eval_metrics": False,
+    "eval_accumulation_steps": None, "include_for_metrics": [], "label_names": None,
+}  # fmt: skip
 BATCHES = ("shuffled", "neighbours")
 MAX_OVERFLOWS = 25  # in a row: the loss scale has then fallen from 65536 below 1, so float16 is not the cause
 
@@ -79,6 +84,11 @@ def _check_ranges(args):
     """Raise a ValueError that names the option, its valid values and the given one, if one is out of range."""
     if args.batches not in BATCHES:
         raise ValueError(f"batches must be one of {', '.join(BATCHES)}; got {args.batches!r}.")
+    for name, left_out in UNREAD.items():
+        if getattr(args, name) not in (left_out, None):
+            raise ValueError(f"{name} has no effect on IEFT's losses and evaluation; got {getattr(args, name)!r}.")
+    if args.max_steps == 0:  # transformers would take the epochs instead
+        raise ValueError("max_steps must be 1 or more, or -1 to train for num_train_epochs; got 0.")
     above_zero = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_negatives")
     above_zero += () if args.max_steps > 0 else ("num_train_epochs",)
     above_zero += () if args.groups_per_step is None else ("groups_per_step",)
@@ -86,7 +96,7 @@ def _check_ranges(args):
         if not getattr(args, name) > 0:
             raise ValueError(f"{name} must be above 0; got {getattr(args, name)}.")
     for name in ("contrastive_weight", "distillation_weight"):
-        if not 0 <= getattr(args, name) < float("inf"):
+        if isinstance(getattr(args, name), str) or not 0 <= getattr(args, name) < float("inf"):
             raise ValueError(f"{name} must be 0 or more; got {getattr(args, name)}.")
     for name in ("ranking_start", "mining_start"):
         if not 0 <= getattr(args, name) <= 1:
