@@ -47,7 +47,8 @@ def check_spelling(given, known):
     Other unknown names are left to transformers, which keeps them for its own use and for later versions.
     """
     for name in sorted(set(given) - set(known)):
-        close = get_close_matches(name, known, n=1, cutoff=0.85)
+        close = [each for each in known if sorted(each) == sorted(name)]  # letters in another order
+        close += get_close_matches(name, known, n=1, cutoff=0.85)
         if close:
             raise ValueError(f"There is no option {name}; did you mean {close[0]}?")
 
