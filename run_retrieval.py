@@ -30,7 +30,7 @@ from ieft.data.duplicates import find_copies, make_thumbnail
 from ieft.data.invalid_examples import BadRowsError, save_bad_rows
 from ieft.evaluation.report import ranked_sheet, recall_table, training_curves, two_stage_table
 from ieft.evaluation.two_stage import choose_similarity_weight, compare_stages, make_shortlists
-from ieft.hub import push_folder, write_model_card
+from ieft.hub import check_repository, push_folder, write_model_card
 from ieft.training.checkpoints import explained_if_not_written, write_json
 from ieft.training.distillation import check_teacher
 from ieft.training.distributed import leave_processes
@@ -166,6 +166,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "From scratch: blocks with a visual enhancement stage before them, instead of the default."},
     )
+    overwrite_repository: bool = field(
+        default=False,
+        metadata={"help": "With --push_to_hub: replace a repository that holds files of another origin."},
+    )
     contrastive_dim: int = field(
         default=256,
         metadata={"help": "Size of the contrastive embeddings, used if --contrastive_weight is above 0."},
@@ -252,6 +256,8 @@ def main(arguments=None):
     push, args.push_to_hub = args.push_to_hub, False  # the folder is pushed once at the end, not with every checkpoint
     set_up_logging(args)
     folder = OutputFolder(args.output_dir, **deciding_options(model_args, data_args, args))
+    if push and args.should_save and not model_args.overwrite_repository:
+        check_push(args)
     if not args.do_train:
         model_args.model_name_or_path = folder.find_model(model_args.model_name_or_path)
         return run(model_args, data_args, args, folder, None, push)
@@ -295,8 +301,21 @@ def run(model_args, data_args, args, folder, checkpoint, push):
             options = {"repo_id": args.hub_model_id, "base_model": model_args.model_name_or_path}
             write_model_card(args.output_dir, results, training_arguments=shown, **options)
         if push:
-            print(f"Pushed: {push_folder(args.output_dir, args.hub_model_id, private=args.hub_private_repo)}")
+            options = {"private": args.hub_private_repo, "overwrite": model_args.overwrite_repository}
+            print(f"Pushed: {push_folder(args.output_dir, args.hub_model_id, token=args.hub_token, **options)}")
     return results
+
+
+def check_push(args):
+    """Refuse a repository of another origin before any work.
+
+    Raises:
+        ValueError: that names the option to pass.
+    """
+    try:
+        check_repository(args.output_dir, args.hub_model_id, token=args.hub_token)
+    except ValueError as error:
+        raise ValueError(f"{error} On the command line that is --overwrite_repository.") from error
 
 
 def parse_arguments(arguments):

@@ -224,16 +224,30 @@ def push_folder(
             "save_pretrained, and write the page with write_model_card."
         )
     api = HfApi(token=token)
-    record = folder / LAST_PUSH
-    pushed = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     if not overwrite:
-        refuse_to_replace(api, repo_id, revision=revision, pushed=pushed.get(repo_id))
+        check_repository(folder, repo_id, token=token, revision=revision)
     files = sorted(file for file in folder.iterdir() if file.name in PUSHED or WEIGHTS.fullmatch(file.name))
     operations = [CommitOperationAdd(file.name, _pushed_content(file)) for file in files if file.is_file()]
     name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     commit = api.create_commit(name, operations, revision=revision, commit_message=commit_message)
-    record.write_text(json.dumps(pushed | {repo_id: commit.oid}), encoding="utf-8")
+    record = _last_pushes(folder) | {repo_id: commit.oid}
+    (folder / LAST_PUSH).write_text(json.dumps(record), encoding="utf-8")
     return commit.commit_url
+
+
+def check_repository(folder, repo_id, *, token=None, revision=None):
+    """Check that a repository is new, empty, or as this folder was pushed to it last.
+
+    Raises:
+        ValueError: that says what the repository holds.
+    """
+    refuse_to_replace(HfApi(token=token), repo_id, revision=revision, pushed=_last_pushes(folder).get(repo_id))
+
+
+def _last_pushes(folder):
+    """Repository -> commit that a folder was pushed as last."""
+    record = Path(folder, LAST_PUSH)
+    return json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
 
 
 def _pushed_content(file):

@@ -16,6 +16,7 @@ from PIL import Image
 import run_retrieval
 from configuration_ieft import IeftConfig
 from ieft.data.invalid_examples import BadRowsError
+from ieft.hub import LAST_PUSH
 from ieft.training.output_folder import OutputFolder
 from modeling_ieft import IeftForImageTextRetrieval
 from prepare_datasets import load_retrieval_dataset
@@ -129,6 +130,10 @@ def test_push_to_hub_is_one_flag(trained, tmp_path):
         finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
         assert finished.returncode == 0, finished.stderr[-3000:]
         files = hub.files("someone/scenes")
+        (tmp_path / LAST_PUSH).unlink()  # as if somebody else had pushed there
+        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+        assert refused.returncode == 1 and "--overwrite_repository" in refused.stderr
+        assert "Traceback" not in refused.stderr and hub.files("someone/scenes") == files
     assert f"Pushed: {address}/someone/scenes/commit/" in finished.stdout
     assert {"model.safetensors", "modeling_ieft.py", "tokenizer.json", "ranked.png", "test_results.json"} <= set(files)
     assert "model-index" in files["README.md"].decode() and not any(name.startswith("checkpoint") for name in files)
