@@ -34,6 +34,7 @@ lint: $(INSTALLED)  ## Check the style
 lowest:  ## Try the lowest versions that setup.cfg declares, in an environment of their own (3 GB, minutes)
 	$(PYTHON) -m venv $(LOWEST)
 	$(PYTHON) tests/lowest_versions.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/pip install --quiet --upgrade pip  # older ones take minutes to find the versions
 	$(LOWEST)/bin/pip install --quiet --no-compile --constraint $(LOWEST)/constraints.txt --editable '.[search,geo]'
 	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python tests/lowest_versions.py --check
 
