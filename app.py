@@ -300,8 +300,9 @@ def check_number(value, name, least, most):
     """A whole number that a visitor sent; nothing counts as `least`."""
     if value is None:
         return least
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value != int(value) or not least <= value <= most:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    is_whole = is_whole or isinstance(value, float) and math.isfinite(value) and value == int(value)
+    if not is_whole or not least <= value <= most:
         raise told(f"{name}: a whole number from {least:,} to {most:,} expected; got {str(value)[:50]}.")
     return int(value)
 

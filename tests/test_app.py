@@ -404,10 +404,8 @@ def test_uploads_and_questions_are_bounded(client):
         (6, "file = 5", "a value of the column"),
         (6, ["width > 1"], "cannot stand in one"),
         (6, {"a": 1}, "cannot stand in one"),
-        (0, [3], "expected"),
         (0, 2.5, "whole number"),
         (1, -1, "minimum"),
-        (1, "many", "expected"),
         (2, 10**12, "maximum"),
         (5, "maybe", "True or false"),
     ],
@@ -437,7 +435,7 @@ def test_an_image_gone_from_the_archive_is_named_in_the_log_alone(client, archiv
         answer = call(client, "search", CAPTIONS[0], *DEFAULTS)
     finally:
         (archive / "hidden").rename(file)
-    assert "gone or damaged" in answer and "Scene_03" not in answer
+    assert not isinstance(answer, str) and "Scene_03" not in str(answer)  # skipped, and the others shown
     assert str(file) in served.log.read_text()
 
 
@@ -447,6 +445,10 @@ def test_an_image_gone_from_the_archive_is_named_in_the_log_alone(client, archiv
 @given(st.text(max_size=20))
 @settings(max_examples=25, deadline=None)
 def test_part_of_a_file_name_is_taken_literally(index, name):
+    if "\\'" in name or "\0" in name.strip():
+        with pytest.raises(app.gr.Error, match="part of a file name"):
+            app.write_filter(name=name)
+        return
     names = [Path(row["file"]).name for row in index.rows(columns=["file"])]
     expected = sum(name.strip().lower() in known.lower() for known in names)
     assert index.table.count_rows(app.write_filter(name=name)) == expected
