@@ -250,7 +250,7 @@ def test_a_sparse_member_of_a_webdataset_is_refused(tmp_path):
     block[148:156] = b"        "
     block[148:156] = b"%06o\0 " % sum(block[:512])
     (tmp_path / "a.tar").write_bytes(block)
-    with pytest.raises(ValueError, match="said to hold 8,796,093,022,208 bytes"):
+    with pytest.raises(ValueError, match="declares 8,796,093,022,208 bytes"):
         read_source(tmp_path / "a.tar", "a")
 
 
