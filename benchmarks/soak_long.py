@@ -105,7 +105,7 @@ def make_trainer(folder, steps, every):
     )  # fmt: skip
     args = IeftTrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-3,
-        contrastive_weight=1.0, num_negatives=1, augmentation="turns", use_cpu=True, disable_tqdm=True,
+        contrastive_weight=1.0, num_negatives=1, use_cpu=True, disable_tqdm=True,
         remove_unused_columns=False, logging_steps=every, eval_strategy="steps", eval_steps=every,
         save_strategy="steps", save_steps=every, save_total_limit=2, load_best_model_at_end=True,
         metric_for_best_model="mean_recall", dataloader_num_workers=1, dataloader_persistent_workers=True,

@@ -90,7 +90,7 @@ def test_two_transactions_that_insert_one_key_leave_one_row(tmp_path, loaded, ar
     reports = [{"added": 0, "unchanged": 0, "unreadable": {}} for _ in range(2)]
     names = [first._name(file) for file in find_images(archive)]
     batches = [
-        list(each._read_missing(names, 0, 0.25, report, []))
+        list(each._read_missing(names, 0, 0.25, None, report, []))
         for each, report in zip((first, second), reports, strict=True)
     ]
     first._write(batches[0])
@@ -212,7 +212,7 @@ def test_indexing_again_keeps_how_a_scene_was_cut_unless_asked(index, scene):
     pixels = np.random.default_rng(4).integers(0, 4000, (3, 80, 104), np.uint16)
     write_scene(scene, pixels)  # its content changed: cut anew in the same way
     assert index.add([scene])["added"] == 12 and len(index) == NUM_IMAGES + 12
-    with pytest.raises(ValueError, match="give tile too"):
+    with pytest.raises(ValueError, match="overlap needs tile"):
         index.add([scene], overlap=0.5)
     assert index.add([scene], tile=0)["added"] == 1 and len(index) == NUM_IMAGES + 1
 
@@ -389,7 +389,7 @@ def test_what_is_no_index_is_refused_in_one_line(tmp_path, run, archive):
         manifest.write_bytes(b"damaged" * 10)
     with pytest.raises(SystemExit, match="damaged"):
         run("query", CAPTIONS[0])
-    with pytest.raises(SystemExit, match="--overlap says"):
+    with pytest.raises(SystemExit, match="--overlap needs --tile"):
         run("index", archive, "--overlap", 0.5)
 
 

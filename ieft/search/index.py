@@ -422,7 +422,7 @@ class ImageIndex:
                 pictures = [read_whole(file, **options)] if not windows and not there else pictures
                 for row, picture in pictures:
                     square = self.processor.image_processor.fit_square(picture)
-                    yield row | {"file": name, "content": content, "tiling": tiling, "bands": chosen}, square
+                    yield row | {"file": name, "content": content, "tiling": tiling, "bands": chosen or None}, square
                 if len(known[name]) > len(there):
                     differs = f"content != '{content}' OR tiling != '{tiling}' OR coalesce(bands, '') != '{chosen}'"
                     stale.append(f"({_any_of([name])} AND ({differs}))")
