@@ -13,7 +13,8 @@ from test_modeling import tiny_config, tiny_inputs
 from transformers import BertTokenizer, ViltConfig, ViltForImageAndTextRetrieval, ViltForMaskedLM, ViltModel
 
 import convert_checkpoint
-from convert_checkpoint import interpolate_positions, load_any_checkpoint, main, save_whole
+from configuration_ieft import IeftConfig
+from convert_checkpoint import interpolate_positions, load_any_checkpoint, load_processor, main, save_whole
 from modeling_ieft import IeftForImageTextRetrieval
 from processing_ieft import IeftProcessor
 
@@ -302,3 +303,9 @@ def test_the_command_writes_a_folder_and_never_over_another(tmp_path):
     }
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1 and "not an empty folder" in again.stderr
+
+
+def test_a_tokenizer_that_cannot_be_had_is_the_error(tmp_path):
+    """Where transformers finds no vocabulary, it makes a tokenizer of special tokens alone."""
+    with pytest.raises(OSError, match="No tokenizer could be loaded from"):
+        load_processor(tmp_path, IeftConfig(), tokenizer=str(tmp_path))

@@ -12,9 +12,8 @@ import small_training
 import torch
 from small_training import CONTRASTIVE, assert_same_bits, finish, losses, run, start
 
-import run_retrieval
 from ieft.training.checkpoints import find_damage, find_last_checkpoint
-from ieft.training.trainer import IeftTrainingArguments
+from ieft.training.output_folder import OutputFolder
 
 # 32 captions in batches of 4: 8 steps per epoch, 12 in total, a checkpoint and an evaluation every second step.
 SETTINGS = {
@@ -147,24 +146,20 @@ def test_a_flipped_bit_rules_a_checkpoint_out(copied):
     assert "optimizer.pt is damaged" in find_damage(last)
 
 
-def arguments(folder, resume):
-    return IeftTrainingArguments(output_dir=str(folder), use_cpu=True, resume_from_checkpoint=resume)
-
-
-def test_the_command_passes_over_a_damaged_checkpoint_and_says_so(copied, caplog):
+def test_the_command_passes_over_a_damaged_checkpoint_and_says_so(copied):
     folder, last = copied
+    own = OutputFolder(folder, training={}, evaluation={})
     os.truncate(last / "model.safetensors", 100)
-    chosen = run_retrieval.find_checkpoint(arguments(folder, "true"))
-    assert chosen and chosen != str(last)
-    assert f"{last}: model.safetensors is damaged" in caplog.text and f"Going on from {chosen}" in caplog.text
+    chosen, damages = own.find_checkpoint("true")
+    assert chosen and chosen != str(last) and damages[0].startswith(f"{last}: model.safetensors is damaged")
     with pytest.raises(ValueError, match="model.safetensors is damaged.*Pass true"):
-        run_retrieval.find_checkpoint(arguments(folder, str(last)))
-    assert run_retrieval.find_checkpoint(arguments(folder, chosen)) == chosen
+        own.find_checkpoint(str(last))
+    assert own.find_checkpoint(chosen) == (chosen, [])
     os.truncate(Path(chosen) / "model.safetensors", 100)
-    assert run_retrieval.find_checkpoint(arguments(folder, "true")) is None
-    assert "Going on from the beginning" in caplog.text
-    with pytest.raises(ValueError, match="holds an earlier run"):
-        run_retrieval.find_checkpoint(arguments(folder, None))
+    chosen, damages = own.find_checkpoint("true")
+    assert chosen is None and len(damages) == 2
+    with pytest.raises(ValueError, match="would write over"):
+        own.find_checkpoint(None)
 
 
 # Determinism ---------------------------------------------------------------------------------------------------------

@@ -213,3 +213,13 @@ def test_the_best_checkpoint_comes_back(split, processor, tmp_path):
     recalls = [entry["eval_mean_recall"] for entry in trainer.state.log_history if "eval_mean_recall" in entry]
     assert len(recalls) == 3
     assert trainer.evaluate()["eval_mean_recall"] == pytest.approx(max(recalls))
+
+
+def test_a_limit_of_one_checkpoint_keeps_the_newest_beside_the_best(tmp_path):
+    """The Trainer would delete the newest at the end, and a resumed run would train again."""
+    together = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True}
+    limits = [
+        IeftTrainingArguments(str(tmp_path), save_total_limit=1, use_cpu=True, **options).save_total_limit
+        for options in (together, {})
+    ]
+    assert limits == [2, 1]
