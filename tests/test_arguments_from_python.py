@@ -54,7 +54,7 @@ def test_fields_of_transformers_and_of_later_versions_are_kept(folder):
     assert AutoConfig.from_pretrained(folder, hidden_dropout_prob=0.5).hidden_dropout_prob == 0.5
 
 
-@pytest.mark.parametrize("name", ["pixel_vales", "labels", "output_atentions"])
+@pytest.mark.parametrize("name", ["pixel_vales", "lables", "output_atentions"])
 def test_the_network_refuses_arguments_that_it_would_ignore(folder, name):
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long), "pixel_values": torch.zeros(1, 3, 32, 32)}
