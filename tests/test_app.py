@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -492,6 +493,12 @@ async def answer_later(scope, receive, send):
     await app.JSONResponse({})(scope, receive, send)
 
 
+def run_apart(coroutine):
+    """`asyncio.run` in a thread of its own: Playwright's loop runs in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
 def test_content_that_drips_and_too_many_at_once_are_refused(monkeypatch):
     monkeypatch.setattr(app, "BODY_SECONDS", 2.0)
     gate = app.Gate(answer_later, requests_per_minute=1000)
@@ -501,14 +508,14 @@ def test_content_that_drips_and_too_many_at_once_are_refused(monkeypatch):
         return [status() for _, status in questions]
 
     upload = "/gradio_api/upload"
-    assert asyncio.run(ask_all([ask_gate(gate, upload, body=b"a", seconds=30.0)])) == [408]
+    assert run_apart(ask_all([ask_gate(gate, upload, body=b"a", seconds=30.0)])) == [408]
     at_once = app.MOST_UPLOADS_BY_ONE + 1
-    answers = asyncio.run(ask_all([ask_gate(gate, upload, body=b"a", seconds=0.1) for _ in range(at_once)]))
+    answers = run_apart(ask_all([ask_gate(gate, upload, body=b"a", seconds=0.1) for _ in range(at_once)]))
     assert answers == [200] * app.MOST_UPLOADS_BY_ONE + [429]
     reads = [ask_gate(gate, "/gradio_api/queue/data", method="GET") for _ in range(app.MOST_OPEN_BY_ONE + 3)]
-    assert asyncio.run(ask_all(reads)) == [200] * app.MOST_OPEN_BY_ONE + [429] * 3
+    assert run_apart(ask_all(reads)) == [200] * app.MOST_OPEN_BY_ONE + [429] * 3
     assert not gate.open and not gate.uploads
-    assert asyncio.run(ask_all([ask_gate(gate, upload, body=b"a", length="9" * 4000)])) == [413]
+    assert run_apart(ask_all([ask_gate(gate, upload, body=b"a", length="9" * 4000)])) == [413]
 
 
 def test_filters_are_one_condition(index):
