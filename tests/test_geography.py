@@ -13,6 +13,7 @@ shapely = pytest.importorskip("shapely", reason="outlines, extra `geo`, is not i
 from rasterio.control import GroundControlPoint  # noqa: E402
 from rasterio.transform import Affine, from_origin  # noqa: E402
 from rasterio.warp import transform  # noqa: E402
+from test_one_reader import set_orientation  # noqa: E402
 
 from ieft.search.geography import SIDES, locate, parse_time, read_metadata, to_geojson  # noqa: E402
 from ieft.search.tiles import Scene, Window  # noqa: E402
@@ -56,6 +57,8 @@ def check_geometry(found):
     ("EPSG:4326", from_origin(179.9, -17, 0.005, 0.005)),  # beyond 180
     ("EPSG:4326", from_origin(-180.1, -17, 0.005, 0.005)),
     ("EPSG:3832", from_origin(3330000, -1950000, 500, 500)),  # a Mercator map around the Pacific
+    ("EPSG:3857", from_origin(20027508, -1950000, 500, 500)),  # Web Mercator, beyond its edge
+    ("EPSG:3857", from_origin(-20047508, -1950000, 500, 500)),
 ])  # fmt: skip
 def test_what_crosses_the_antimeridian_is_cut(tmp_path, crs, matrix):
     found = place(write(tmp_path / "a.tif", crs, matrix))
@@ -108,6 +111,45 @@ def test_what_has_a_pole_as_its_corner_has_a_quarter(tmp_path):
     assert shape.contains(shapely.Point(90, 89.9)) and not shape.contains(shapely.Point(0, 89.9))
 
 
+@pytest.mark.parametrize("crs, sides, expected, inside, outside", [
+    ("EPSG:3413", (-1e6, 0, 1e6, 2e6), (45, -135, 90), (100, 85), (0, 85)),
+    ("EPSG:3413", (-1e6, -2e6, 1e6, 0), (-135, 45, 90), (0, 85), (100, 85)),
+    ("EPSG:3413", (-1.3e6, 0, 0.2e6, 1.5e6), (45, -135, 90), (-170, 85), (0, 85)),
+    ("EPSG:3031", (0, -0.7e6, 2e6, 1.3e6), (0, 180, -90), (90, -85), (-90, -85)),
+])  # fmt: skip
+def test_what_has_a_pole_on_an_edge_has_half_a_turn(tmp_path, crs, sides, expected, inside, outside):
+    west, south, east, north = sides
+    matrix = from_origin(west, north, (east - west) / WIDTH, (north - south) / HEIGHT)
+    found = place(write(tmp_path / "a.tif", crs, matrix))
+    shape = check_geometry(found)
+    pole = found["north" if expected[2] > 0 else "south"]
+    assert (found["west"], found["east"], pole) == pytest.approx(expected)
+    assert shape.contains(shapely.Point(inside)) and not shape.intersects(shapely.Point(outside))
+
+
+@pytest.mark.parametrize("west, expected", [(350, (-10, 8)), (200, (-160, -142)), (359, (-1, 17))])
+def test_longitudes_from_0_to_360_and_beyond(tmp_path, west, expected):
+    found = place(write(tmp_path / "a.tif", "EPSG:4326", from_origin(west, 50, 0.3, 0.3)))
+    check_geometry(found)
+    assert (found["west"], found["east"]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("degrees", [1e-8, 1e-9])
+def test_outlines_of_less_than_a_centimetre_enclose_an_area(tmp_path, degrees):
+    found = place(write(tmp_path / "a.tif", "EPSG:4326", from_origin(10, 50, degrees, degrees), size=(10, 10)))
+    assert check_geometry(found).area == pytest.approx(100 * degrees**2, rel=1e-2)
+
+
+def test_a_scene_that_its_tag_turns_keeps_its_place(tmp_path):
+    file = write(tmp_path / "a.tif", "EPSG:32632", from_origin(500000, 5400000, 10, 10))
+    whole, left = place(file), place(file, Window(0, 0, 20, HEIGHT))
+    set_orientation(file, 6)  # a quarter to the right: the upper edge shows what was at the left
+    with Scene(file) as scene:
+        assert (scene.width, scene.height) == (HEIGHT, WIDTH)
+        windows = [Window(0, 0, HEIGHT, WIDTH), Window(0, 0, HEIGHT, 20)]
+        assert [locate(scene.dataset, scene.as_stored(window), file) for window in windows] == [whole, left]
+
+
 @pytest.mark.parametrize("matrix, size", [
     (from_origin(-180, 90, 6, 4.5), (60, 40)), (from_origin(-0.125, 90.125, 0.25, 0.25), (1440, 721)),
 ])  # fmt: skip
@@ -123,6 +165,8 @@ def test_ground_control_points_place_a_scene(tmp_path):
     found = place(write(tmp_path / "a.tif", None, None, points=points))
     assert found["west"] == pytest.approx(178.9) and found["east"] == pytest.approx(-179)
     assert len(check_geometry(found).geoms) == 2 and found["crs"] == "EPSG:4326"
+    points = [GroundControlPoint(row, col, lon - 360 * (lon > 180), lat) for row, col, lon, lat in corners]
+    assert place(write(tmp_path / "b.tif", None, None, points=points)) == found  # as radar scenes write them
 
 
 @pytest.mark.parametrize("crs, matrix, points, own", [
@@ -132,6 +176,9 @@ def test_ground_control_points_place_a_scene(tmp_path):
     ("+proj=sinu +R=6371007.181 +units=m", from_origin(-20015109, 10007554, 100000, 100000), None, True),
     ("EPSG:32631", None, None, False),  # which pixels?
     (None, None, [GroundControlPoint(0, 0, 10, 10), GroundControlPoint(0, 60, 11, 10)], False),
+    (None, from_origin(500000, 5400000, 10, 10), None, True),  # in which reference?
+    ("EPSG:32631", Affine(10, 0, 500000, 0, -1e-9, 5400000), None, True),
+    ("+proj=geos +h=35785831 +lon_0=0 +ellps=WGS84", from_origin(-5500000, 5500000, 183333, 275000), None, True),
 ])  # fmt: skip
 def test_what_has_no_place_gets_no_geometry_and_one_warning(tmp_path, caplog, crs, matrix, points, own):
     file = write(tmp_path / "a.tif", crs, matrix, points=points)
@@ -149,6 +196,7 @@ def test_hits_without_a_place_have_no_geometry():
     ("2021:06:01 10:20:30", (10, 20, 30)), ("2021-06-01T10:20:30Z", (10, 20, 30)),
     ("2021-06-01T10:20:30.123456789+02:00", (8, 20, 30)), ("20210601T102030", (10, 20, 30)), ("2021-06-01", (0, 0, 0)),
     ("2021/06/01 10:20", (10, 20, 0)), ("2021:06:01 10:20:30-0930", (19, 50, 30)), ("0000:00:00 00:00:00", None),
+    ("20210601102030", (10, 20, 30)), ("2021-06-01T12:20:30+02", (10, 20, 30)), ("202106", None),
     ("    :  :     :  :  ", None), ("2021:13:01 10:20:30", None), ("yesterday", None), (None, None), (5, None),
 ])  # fmt: skip
 def test_times_as_files_write_them(text, expected):
@@ -158,6 +206,9 @@ def test_times_as_files_write_them(text, expected):
 @pytest.mark.parametrize("tags", [
     {"TIFFTAG_DATETIME": "2021:06:01 10:20:30"}, {"acquired": "2021-06-01T10:20:30Z"},
     {"TIFFTAG_DATETIME": "2024:01:01 00:00:00", "ACQUISITIONDATETIME": "2021-06-01 10:20:30"},
+    {"ACQUISITION_START_TIME": "2021-06-01T10:20:30.5Z", "TIFFTAG_DATETIME": "2024:01:01 00:00:00"},
+    {"NITF_IDATIM": "20210601102030"}, {"FirstLineTime": "2021-06-01T10:20:30.0Z"},
+    {"time_coverage_start": "2021-06-01T10:20:30Z"}, {"ACQUIRED": "unknown", "DateTime": "2021-06-01T10:20:30Z"},
 ])  # fmt: skip
 def test_the_time_of_acquisition_of_a_scene(tmp_path, tags):
     file = write(tmp_path / "a.tif", "EPSG:32631", from_origin(500000, 5400000, 10, 10), **tags)
@@ -176,6 +227,9 @@ def test_time_and_place_of_a_photo(tmp_path):
     assert found["acquired"] == datetime(2021, 6, 1, 8, 20, 30, tzinfo=timezone.utc)
     assert json.loads(found["geometry"]) == {"type": "Point", "coordinates": [-179.25, -17.51]}
     assert (found["west"], found["north"]) == pytest.approx((-179.25, -17.51))
+    exif[0x8769] = {0x9003: "2021:06:01 10:20:30", 0x9011: "   :  "}  # of a camera that knows no zone
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_metadata(tmp_path / "a.jpg")["acquired"] == datetime(2021, 6, 1, 10, 20, 30, tzinfo=timezone.utc)
     for gps in ({}, {1: "S"}, {1: "N", 2: (0.0, 0.0, 0.0), 3: "E", 4: (0.0, 0.0, 0.0)},
                 {1: "N", 2: (99.0, 0.0, 0.0), 3: "E", 4: (1.0, 0.0, 0.0)}):  # fmt: skip
         exif[0x8825] = gps

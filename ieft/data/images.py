@@ -99,8 +99,8 @@ class Scene:
 
     Attributes:
         width, height: in pixels, of the upright image.
-        dataset: the opened rasterio dataset, for georeferencing; None for other kinds of files, for those that had to
-            be turned upright, and without rasterio.
+        dataset: the opened rasterio dataset, for georeferencing, in the orientation of the file; None for other kinds
+            of files, and without rasterio.
     """
 
     def __init__(self, file, limits=None, *, bands=None):
@@ -142,8 +142,11 @@ class Scene:
 
     @property
     def dataset(self):
-        is_turned = self._raster and self._raster.orientation != 1
-        return None if is_turned else self._raster and self._raster.dataset
+        return self._raster and self._raster.dataset
+
+    def as_stored(self, window):
+        """The window of `dataset` that a window of the upright image shows."""
+        return Window(*self._raster.as_stored(*window))
 
     @property
     def limits(self):

@@ -131,7 +131,7 @@ class Raster:
             window: (col, row, width, height) in pixels.
             share: scale factor of width and height, at most 1.
         """
-        col, row, width, height = self._as_stored(*(window or (0, 0, self.width, self.height)))
+        col, row, width, height = self.as_stored(*(window or (0, 0, self.width, self.height)))
         part = ((row, row + height), (col, col + width))
         shape = (max(1, int(height * share)), max(1, int(width * share)))
         palette = self._palette()
@@ -147,7 +147,7 @@ class Raster:
         image = Image.fromarray(np.broadcast_to(pixels, (3, *is_data.shape)).transpose(1, 2, 0).copy())
         return image.transpose(UPRIGHT[self.orientation]) if self.orientation in UPRIGHT else image
 
-    def _as_stored(self, col, row, width, height):
+    def as_stored(self, col, row, width, height):
         """A window of the upright image in the file's own columns and rows."""
         if self.orientation in SIDEWAYS:
             col, row, width, height = row, col, height, width

@@ -140,7 +140,7 @@ def read_whole(file, *, bands=None):
         return row | read_metadata(file), picture
     with Scene(file, bands=bands) as scene:
         raster = scene.dataset
-        place = locate(raster, Window(0, 0, raster.width, raster.height), file) if raster is not None else {}
+        place = _locate(scene, Window(0, 0, scene.width, scene.height), file)
         return row | read_metadata(file, raster) | place, picture
 
 
@@ -152,8 +152,11 @@ def read_tiles(file, windows, *, bands=None):
             for window in windows:
                 row = _describe_file(file, scene.width, scene.height, window)
                 named = file if window is windows[0] else None  # one warning a scene
-                place = locate(scene.dataset, window, named) if scene.dataset is not None else {}
-                yield row | of_scene | place, scene.read(window)
+                yield row | of_scene | _locate(scene, window, named), scene.read(window)
+
+
+def _locate(scene, window, file=None):
+    return locate(scene.dataset, scene.as_stored(window), file) if scene.dataset is not None else {}
 
 
 def place_again(row):
@@ -166,8 +169,8 @@ def place_again(row):
     window = Window(row["col"], row["row"], row["tile_width"], row["tile_height"])
     try:
         with Scene(row["file"]) as scene:
-            place |= locate(scene.dataset, window) or place_of_bounds(row["crs"], *sides)
-    except (AttributeError, ImportError, OSError, ValueError):
+            place |= _locate(scene, window) or place_of_bounds(row["crs"], *sides)
+    except (ImportError, OSError, ValueError):
         place |= place_of_bounds(row["crs"], *sides)
     return {name: row[name] for name in ("file", "col", "row")} | place
 

@@ -22,16 +22,19 @@ OWN_SIDES = ("left", "bottom", "right", "top")  # of the envelope in the raster'
 PLACE_COLUMNS = (*SIDES, *OWN_SIDES, "crs", "geometry")
 EDGE_POINTS = 21  # points per edge: it is straight in the raster's coordinates but may be curved in degrees
 SIMPLIFIED = 1e-4  # how far an outline may be from those points, as a part of its size
-OUT_OF_RANGE = 1  # degrees beyond a pole or a full turn: grids of pixel centres reach half a pixel beyond
+OUT_OF_RANGE = 1  # degrees beyond a pole: grids of pixel centres reach half a pixel beyond
+MOST_LONGITUDE = 541  # of scenes that begin below 360 degrees and go on beyond it
 LONGEST_REASON = 160  # characters of GDAL's messages, some of which quote whole definitions
 # Metadata names of the acquisition time, in any GDAL domain, the most reliable first.
 TIME_TAGS = (
-    "ACQUISITIONDATETIME", "ACQUISITION_DATETIME", "ACQUIRED", "ACQUISITION_TIME", "ACQUISITION_DATE", "SENSING_TIME",
-    "DATATAKE_1_DATATAKE_SENSING_START", "PRODUCT_START_TIME", "DATE_ACQUIRED", "EXIF_DATETIMEORIGINAL",
-    "DATETIMEORIGINAL", "DATETIME", "EXIF_DATETIME", "TIFFTAG_DATETIME",
+    "ACQUISITIONDATETIME", "ACQUISITION_DATETIME", "ACQUIRED", "ACQUISITION_START_TIME", "ACQUISITION_TIME",
+    "FIRSTLINETIME", "SENSING_START", "SENSING_TIME", "DATATAKE_1_DATATAKE_SENSING_START", "PRODUCT_START_TIME",
+    "TIME_COVERAGE_START", "NITF_IDATIM", "ACQUISITION_DATE", "ACQUISITIONDATE", "DATE_ACQUIRED",
+    "EXIF_DATETIMEORIGINAL", "DATETIMEORIGINAL", "DATETIME", "EXIF_DATETIME", "TIFFTAG_DATETIME",
 )  # fmt: skip
+ZONE = r"(?:Z|UTC|[+-]\d\d(?::?\d\d)?)"
 TIME = re.compile(
-    r"\s*(\d{4})([:/-]?)(\d\d)\2(\d\d)(?:[T _]+(\d\d):?(\d\d)(?::?(\d\d)(?:[.,]\d*)?)?\s*(Z|UTC|[+-]\d\d:?\d\d)?)?\s*"
+    rf"\s*(\d{{4}})([:/-]?)(\d\d)\2(\d\d)(?:[T _]*(\d\d):?(\d\d)(?::?(\d\d)(?:[.,]\d*)?)?\s*({ZONE})?)?\s*"
 )
 
 
@@ -48,19 +51,25 @@ def locate(dataset, window, file=None):
         `top` in the raster's own `crs`. Empty for a raster without georeference. Where its coordinates have no place
         on the Earth, only the raster's own are there, and a warning says so.
     """
+    import rasterio
+
     try:
-        crs, to_own = _georeference(dataset)
-        if crs is None:
-            if dataset.crs is not None:
-                _warn(file, "it names coordinates, but not which pixels have them")
-            return {}
-        right, bottom = window.col + window.width, window.row + window.height
-        xs, ys = to_own(*_points_around(window.col, window.row, right, bottom))
+        with rasterio.Env():  # so that GDAL prints no errors itself
+            crs, to_own = _georeference(dataset)
+            if to_own is None:
+                if dataset.crs is not None:
+                    _warn(file, "it names coordinates, but not which pixels have them")
+                return {}
+            right, bottom = window.col + window.width, window.row + window.height
+            xs, ys = to_own(*_points_around(window.col, window.row, right, bottom))
         sides = [min(xs), min(ys), max(xs), max(ys)]
         own = {side: float(value) for side, value in zip(OWN_SIDES, sides, strict=True) if math.isfinite(value)}
     except Exception as error:  # GDAL's errors are of a private kind
         _warn(file, f"its georeference cannot be read: {error}")
         return {}
+    if crs is None:
+        _warn(file, "its pixels have coordinates, but it does not say in which coordinate reference system")
+        return own
     return own | {"crs": crs.to_string()} | _place_of(crs, xs, ys, file)
 
 
@@ -89,19 +98,33 @@ def _points_around(left, top, right, bottom):
 
 
 def _georeference(dataset):
-    """The coordinate reference system of a raster and a function from pixel columns and rows to coordinates."""
+    """The coordinate reference system of a raster and a function from pixel columns and rows to coordinates.
+
+    Either is None if the raster has none.
+    """
     from rasterio.crs import CRS
     from rasterio.transform import GCPTransformer, RPCTransformer
 
     points, of_points = dataset.gcps
-    if dataset.crs is not None and not dataset.transform.is_identity:
+    if not dataset.transform.is_identity:
         a, b, c, d, e, f, *_ = dataset.transform
         return dataset.crs, lambda cols, rows: (a * cols + b * rows + c, d * cols + e * rows + f)
     if points and of_points is not None:
+        points = _unwrapped(points) if of_points.is_geographic else points
         return of_points, _pixel_transform(GCPTransformer(points))
     if dataset.rpcs is not None:
         return CRS.from_epsg(4326), _pixel_transform(RPCTransformer(dataset.rpcs), zs=dataset.rpcs.height_off)
     return None, None
+
+
+def _unwrapped(points):
+    """Ground control points whose longitudes do not jump where a scene crosses the antimeridian."""
+    from rasterio.control import GroundControlPoint
+
+    lons = [point.x for point in points]
+    if max(lons) - min(lons) <= 180:
+        return points
+    return [GroundControlPoint(point.row, point.col, point.x % 360, point.y, point.z) for point in points]
 
 
 def _pixel_transform(transformer, zs=None):
@@ -116,17 +139,13 @@ def _pixel_transform(transformer, zs=None):
 
 def _place_of(crs, xs, ys, file):
     """Bounds in degrees and outline of an open ring of points; empty, with a warning, if it has no location."""
-    from rasterio.warp import transform
-
     try:
-        lons, lats = np.array(transform(crs, "EPSG:4326", list(xs), list(ys)))
+        points = np.array([xs, ys]) if crs.is_geographic else _with_pole(crs, np.array([xs, ys]))
+        lons, lats = _transform(crs, "EPSG:4326", points)
         outline = _outline(lons, lats)
         if not crs.is_geographic:
-            inside = np.abs(np.abs(lons) - 180) > 1e-6  # there, a projection has two places for one
-            back = np.array(transform("EPSG:4326", crs, lons[inside], lats[inside]))
-            if np.abs(back - np.array([xs, ys])[:, inside]).max(initial=0) > 1e-3 * np.ptp([xs, ys], axis=1).max():
-                raise ValueError("its corners lie outside of the map of the Earth")
-    except Exception as error:  # GDAL's errors are of a private kind
+            _check_on_map(crs, points, lons, lats)
+    except Exception as error:
         _warn(file, error)
         return {}
     west, south, east, north = outline.bounds
@@ -139,6 +158,65 @@ def _place_of(crs, xs, ys, file):
     return dict(zip(SIDES, (west, south, east, north), strict=True)) | {"geometry": geometry}
 
 
+def _transform(crs, to, points):
+    """Points (2, N) in another coordinate reference system.
+
+    Raises:
+        ValueError: if some have no place in it.
+    """
+    from rasterio.warp import transform
+
+    try:
+        return np.array(transform(crs, to, *map(list, points)))
+    except Exception as error:  # GDAL's errors are of a private kind
+        raise ValueError("its corners cannot be expressed in longitude and latitude") from error
+
+
+def _with_pole(crs, ring):
+    """A ring of points (2, N) of a map, with the pole as one of them if it lies on an edge: longitudes jump there."""
+    for latitude in (90, -90):
+        try:
+            pole = _transform("EPSG:4326", crs, np.array([[0.0, 120.0], [latitude, latitude]]))
+        except ValueError:
+            continue
+        size = np.ptp(ring, axis=1).max()
+        if not (np.isfinite(pole).all() and size > 0 and np.abs(pole[:, 0] - pole[:, 1]).max() < 1e-6 * size):
+            continue  # the pole is no point of this map
+        pole = pole[:, :1]
+        along = np.roll(ring, -1, axis=1) - ring
+        lengths = np.maximum((along**2).sum(axis=0), 1e-300)
+        share = ((pole - ring) * along).sum(axis=0) / lengths
+        away = np.linalg.norm(ring + share.clip(0, 1) * along - pole, axis=0)
+        edge = int(away.argmin())
+        if away[edge] < 1e-9 * size and 1e-6 < share[edge] < 1 - 1e-6:
+            return np.insert(ring, edge + 1, pole[:, 0], axis=1)
+    return ring
+
+
+def _check_on_map(crs, points, lons, lats):
+    """Check that points of a map are places on the Earth, and not beyond the map's edge.
+
+    A cylindrical map, such as Web Mercator, goes on beyond its edge: all its parallels are straight and as long as the
+    equator.
+
+    Raises:
+        ValueError: if some lie outside of the map.
+    """
+    inside = np.abs(np.abs(lons) - 180) > 1e-6  # there, a projection has two places for one
+    back = _transform("EPSG:4326", crs, np.array([lons[inside], lats[inside]]))
+    differences = np.abs(back - points[:, inside])
+    tolerance = 1e-3 * np.ptp(points, axis=1).max()
+    if (differences > tolerance).any():
+        turns = np.arange(-175.0, 180, 10)
+        parallels = [_transform("EPSG:4326", crs, np.array([turns, np.full(36, lat)]))[0] for lat in (0.0, 60.0)]
+        steps = np.median(np.diff(parallels), axis=1)
+        if abs(steps[0] - steps[1]) > 1e-6 * abs(steps[0]) or (differences[1] > tolerance).any():
+            raise ValueError("its corners lie outside of the map of the Earth")
+        around = 36 * abs(steps[0])
+        if np.minimum(differences[0], np.abs(differences[0] - around)).max() > tolerance:
+            raise ValueError("its corners lie outside of the map of the Earth")
+
+
 def _outline(lons, lats):
     """A ring as a polygon of continuous longitudes, which may lie beyond 180 degrees.
 
@@ -149,31 +227,27 @@ def _outline(lons, lats):
 
     if not (np.isfinite(lons).all() and np.isfinite(lats).all()):
         raise ValueError("its corners cannot be expressed in longitude and latitude")
-    if np.abs(lats).max() > 90 + OUT_OF_RANGE or np.abs(lons).max() > 360 + OUT_OF_RANGE:
+    if np.abs(lats).max() > 90 + OUT_OF_RANGE or np.abs(lons).max() > MOST_LONGITUDE:
         reached = f"longitudes {lons.min():g} to {lons.max():g} and latitudes {lats.min():g} to {lats.max():g}"
         raise ValueError(f"{reached} are not on the Earth")
     lats = lats.clip(-90, 90)
     at_pole = np.abs(lats) > 90 - 1e-9
-    if at_pole.sum() == 1:  # a corner at the pole has no longitude: it takes those of its neighbours
-        lons, lats = _open_pole(lons, lats, at_pole)
-    lons = np.unwrap([*lons, lons[0]], period=360).round(9)  # without slivers beyond 180 degrees
-    lats = np.append(lats, lats[0])
-    if abs(lons[-1] - lons[0]) > 180:  # around a pole
-        pole = math.copysign(90, lats.mean())
-        lons, lats = [*lons, lons[-1], lons[0]], [*lats, pole, pole]
+    if at_pole.sum() == 1:  # a pole has no longitude: it takes those of its neighbours
+        others = [np.roll(of_ring, -int(at_pole.argmax()))[1:] for of_ring in (lons, lats)]
+        lons = np.unwrap(others[0], period=360)
+        lons, lats = [lons[0], *lons, lons[-1]], [lats[at_pole][0], *others[1], lats[at_pole][0]]
+    else:
+        lons, lats = np.unwrap([*lons, lons[0]], period=360), np.append(lats, lats[0])
+        if abs(lons[-1] - lons[0]) > 180:  # around a pole
+            pole = math.copysign(90, lats.mean())
+            lons, lats = [*lons, lons[-1], lons[0]], [*lats, pole, pole]
+    lons = np.round(lons, 9)  # without slivers beyond 180 degrees
     polygon = shapely.make_valid(shapely.Polygon(np.column_stack([lons, lats])))
     size = max(polygon.bounds[2] - polygon.bounds[0], polygon.bounds[3] - polygon.bounds[1])
     polygon = polygon.simplify(SIMPLIFIED * size)
-    if not polygon.area > 0:
+    if not polygon.area > 1e-9 * size**2:
         raise ValueError("its outline encloses no area")
     return polygon
-
-
-def _open_pole(lons, lats, at_pole):
-    """A ring with a pole as one corner: the pole, which has no longitude, gets those of its neighbours."""
-    corner = int(at_pole.argmax())
-    beside = lons[[corner - 1, (corner + 1) % len(lons)]]
-    return (np.concatenate([lons[:corner], beside, lons[corner + 1 :]]), np.insert(lats, corner, lats[corner]))
 
 
 def _cut(outline):
@@ -182,21 +256,23 @@ def _cut(outline):
     from shapely.affinity import translate
     from shapely.geometry.polygon import orient
 
-    west, _, east, _ = outline.bounds
+    west, south, east, north = outline.bounds
+    # About a centimetre, as RFC 7946 advises; more digits for outlines of less than a metre.
+    digits = max(7, 3 - math.floor(math.log10(max(east - west, north - south))))
     pieces = []
     for turn in range(math.floor((west + 180) / 360), math.ceil((east + 180) / 360)):
         band = shapely.box(-180 + 360 * turn, -90, 180 + 360 * turn, 90)
         pieces.append(translate(outline.intersection(band), -360 * turn))
-    whole = shapely.union_all(pieces, grid_size=1e-7)  # around the Earth, pieces meet
+    whole = shapely.union_all(pieces, grid_size=10.0**-digits)  # around the Earth, pieces meet
     polygons = [orient(each) for each in getattr(whole, "geoms", [whole]) if each.geom_type == "Polygon"]
-    rings = [[_ring(ring) for ring in (each.exterior, *each.interiors)] for each in polygons]
+    rings = [[_ring(ring, digits) for ring in (each.exterior, *each.interiors)] for each in polygons]
     if len(rings) == 1:
         return {"type": "Polygon", "coordinates": rings[0]}
     return {"type": "MultiPolygon", "coordinates": rings}
 
 
-def _ring(ring):
-    return [[round(x, 7) + 0.0, round(y, 7) + 0.0] for x, y in ring.coords]  # about a centimetre, as RFC 7946 advises
+def _ring(ring, digits):
+    return [[round(x, digits) + 0.0, round(y, digits) + 0.0] for x, y in ring.coords]
 
 
 def read_metadata(file, dataset=None):
@@ -213,6 +289,7 @@ def read_metadata(file, dataset=None):
             taken = exif.get_ifd(ExifTags.IFD.Exif)
             tags["TIFFTAG_DATETIME"] = exif.get(ExifTags.Base.DateTime)
             zone = str(taken.get(ExifTags.Base.OffsetTimeOriginal) or "").strip("\0 ")
+            zone = zone if re.fullmatch(ZONE, zone) else ""  # cameras that know none write blanks and a colon
             tags["DATETIMEORIGINAL"] = f"{taken.get(ExifTags.Base.DateTimeOriginal) or ''}".strip("\0 ") + zone
             columns = _point(exif.get_ifd(ExifTags.IFD.GPSInfo))
     except Exception:  # of damaged EXIF, and of kinds that Pillow does not open; the pixels are read elsewhere
@@ -231,7 +308,8 @@ def parse_time(text):
     if not found:
         return None
     year, _, month, day, *clock, zone = found.groups()
-    zone = (zone or "Z").replace("Z", "+00:00").replace("UTC", "+00:00").replace(":", "")
+    zone = (zone or "Z").replace("Z", "+0000").replace("UTC", "+0000").replace(":", "")
+    zone = zone.ljust(5, "0")
     numbers = " ".join(part or "00" for part in (year, month, day, *clock))
     try:
         return datetime.strptime(f"{numbers} {zone}", "%Y %m %d %H %M %S %z").astimezone(timezone.utc)
