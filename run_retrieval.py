@@ -68,7 +68,7 @@ PUBLISHED_RECIPE = {
     "warmup_steps": 0.1,
     "seed": 0,
     "num_train_epochs": 50,
-    "per_device_train_batch_size": 256,
+    "train_batch_size": 256,
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 2,
@@ -76,7 +76,7 @@ PUBLISHED_RECIPE = {
 }
 TINY_RECIPE = {
     "learning_rate": 2e-3,
-    "per_device_train_batch_size": 64,
+    "train_batch_size": 64,
     "max_steps": 800,
     "eval_strategy": "steps",
     "save_strategy": "steps",
@@ -90,7 +90,7 @@ TINY_RECIPE = {
 SYNTHETIC = ("scenes", "twins")
 TINY_WIDTH = 128  # checkpoints up to this hidden size are trained with the tiny recipe
 DATASET_RECIPES = {
-    "sydney": {"per_device_train_batch_size": 512, "num_train_epochs": 100},
+    "sydney": {"train_batch_size": 512, "num_train_epochs": 100},
     "ucm": {"num_train_epochs": 100},
 }
 STAGES = ("do_train", "do_eval", "do_predict")
@@ -100,7 +100,7 @@ DECIDES_TRAINING = (
     "dataset_name", "data_dir", "image_column", "caption_column", "bands", "protocol", "on_bad_rows",
     "max_train_samples", "max_eval_samples", "negatives", "augmentation", "num_negatives", "contrastive_weight",
     "ranking_start", "mining_start", "batches", "groups_per_step", "distillation_weight", "seed", "learning_rate",
-    "per_device_train_batch_size", "num_train_epochs", "max_steps", "warmup_steps",
+    "train_batch_size", "num_train_epochs", "max_steps", "warmup_steps",
     "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim",
     "bf16", "fp16",
 )  # fmt: skip
@@ -121,7 +121,7 @@ NEEDED_STAGES = {
 ABOUT_ONE_COLLECTION = ("data_dir", "image_column", "caption_column")
 ABOUT_COLLECTIONS = ("bands", "streaming", "on_bad_rows")  # they also apply to `--eval_datasets`
 SHOWN_ON_THE_CARD = (
-    "learning_rate", "per_device_train_batch_size", "world_size", "num_train_epochs", "max_steps", "num_negatives",
+    "learning_rate", "train_batch_size", "world_size", "num_train_epochs", "max_steps", "num_negatives",
     "negatives", "augmentation", "contrastive_weight", "seed",
 )  # fmt: skip
 
@@ -420,8 +420,6 @@ def deciding_options(model_args, data_args, args):
         if options[name] and Path(options[name]).exists():
             options[name] = str(Path(options[name]).resolve())
     options |= {name: str(options[name].value) for name in DECIDES_TRAINING if hasattr(options[name], "value")}
-    # The result depends only on the total batch size, not on the number of processes.
-    options["per_device_train_batch_size"] *= args.world_size * args.gradient_accumulation_steps
     training = {name: options[name] for name in DECIDES_TRAINING} if args.do_train else None
     evaluation = {name: options[name] for name in DECIDES_EVALUATION} | {"seed": args.seed}
     for stage, name in (("do_eval", "max_eval_samples"), ("do_predict", "max_predict_samples")):
@@ -625,7 +623,7 @@ def command():
     """`main` as a command: on errors, the main process prints one message without traceback; exit code 1."""
     try:
         main()
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"run_retrieval.py: {error}", file=sys.stderr)
         sys.exit(1)

@@ -8,7 +8,7 @@ report.
 
 A network of 10,000 parameters with dropout trains for two epochs, with a checkpoint and a ranking every third step, so
 that much of the time is spent in each. The runs alternate between the contrastive loss with mined groups, the
-published loss with accumulated gradients, and persistent workers.
+published loss by micro-batches, and persistent workers.
 """
 
 import argparse
@@ -39,13 +39,14 @@ from processing_ieft import IeftImageProcessor, IeftProcessor
 
 COMMON = [
     "--dataset_name", "scenes", "--max_train_samples", "16", "--max_eval_samples", "3", "--max_predict_samples", "3",
-    "--per_device_train_batch_size", "4", "--eval_steps", "3", "--save_steps", "3", "--logging_steps", "1",
+    "--train_batch_size", "4", "--eval_steps", "3", "--save_steps", "3", "--logging_steps", "1",
     "--use_cpu", "--disable_tqdm", "true", "--augmentation", "randaugment", "--resume_from_checkpoint", "true",
 ]  # fmt: skip
 SETTINGS = {
-    "contrastive": ["--max_steps", "30", "--mining_start", "0.3", "--num_negatives", "3"],
-    "published": ["--max_steps", "18", "--contrastive_weight", "0", "--num_negatives", "3",
-                  "--gradient_accumulation_steps", "3"],
+    "contrastive": ["--max_steps", "30", "--mining_start", "0.3", "--num_negatives", "3",
+                    "--per_device_train_batch_size", "3"],
+    "published": ["--max_steps", "18", "--contrastive_weight", "0", "--num_negatives", "3", "--train_batch_size", "12",
+                  "--per_device_train_batch_size", "4"],
     "workers": ["--max_steps", "30", "--dataloader_num_workers", "2", "--dataloader_persistent_workers", "true"],
 }  # fmt: skip
 COMPARED = ("model.safetensors", "test_results.json", "eval_results.json")

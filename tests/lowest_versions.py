@@ -48,7 +48,7 @@ def check():
 
     with tempfile.TemporaryDirectory() as folder:
         run = f"{folder}/run"
-        options = ["--dataset_name", "scenes", "--max_steps", "1", "--per_device_train_batch_size", "4"]
+        options = ["--dataset_name", "scenes", "--max_steps", "1", "--train_batch_size", "4"]
         options += ["--max_train_samples", "8", "--max_eval_samples", "4", "--max_predict_samples", "4"]
         results = run_retrieval.main([*options, "--use_cpu", "--report_to", "none", "--output_dir", run])
         assert 0 <= results["mean_recall"] <= 100

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -121,9 +122,16 @@ def train(folder, *, kill=None, resume=False, prepare=None, **changes):
         (Path(folder) / "log.json").write_text(json.dumps(trainer.state.log_history))
 
 
-def make_trainer(folder, *, dropout=0.1, images=16, augmentation="randaugment", **changes):
+@cache
+def draw(index):
+    return draw_scene(1, index, size=32)
+
+
+def make_trainer(
+    folder, *, dropout=0.1, images=16, augmentation="randaugment", first_joint_layer=0, **changes
+):  # fmt: skip
     """A trainer on `images` scenes of two captions each."""
-    scenes = [draw_scene(1, index, size=32) for index in range(images)]
+    scenes = [draw(index) for index in range(images)]
     split = Dataset.from_dict(
         {
             "image": [scene.image for scene in scenes],
@@ -146,6 +154,7 @@ def make_trainer(folder, *, dropout=0.1, images=16, augmentation="randaugment", 
         vocab_size=len(processor.tokenizer), hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=48, image_size=32, patch_size=8, enhancement_layers=[1], initializer_range=0.1,
         contrastive_dim=16 if args.contrastive_weight else 0, hidden_dropout_prob=dropout,
+        first_joint_layer=first_joint_layer,
     )  # fmt: skip
     items = TrainingItems(
         split, processor, num_negatives=0 if args.contrastive_weight else args.num_negatives,

@@ -8,7 +8,7 @@ from test_trainer import first_batch, make_trainer, processor, split  # noqa: F4
 import run_retrieval
 from ieft.training.distillation import check_teacher, group_divergence, listwise_divergence
 from ieft.training.items import learn_tokenizer
-from ieft.training.trainer import matching_loss
+from ieft.training.losses import matching_loss
 from modeling_ieft import IeftForImageTextRetrieval
 from processing_ieft import IeftProcessor
 

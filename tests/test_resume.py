@@ -19,6 +19,7 @@ from ieft.training.output_folder import OutputFolder
 SETTINGS = {
     "contrastive": CONTRASTIVE,
     "published": {},
+    "micro-batches": CONTRASTIVE | {"train_batch_size": 4, "per_device_train_batch_size": 3},
     "accumulating": {"gradient_accumulation_steps": 3, "num_train_epochs": 4, "max_steps": -1},
     "workers": CONTRASTIVE
     | {
@@ -51,6 +52,7 @@ def printed(folder):
         ("published", [("write", 5), ("write", 6), ("write", 7)]),
         ("published", [("write", 3), ("publish", 1), ("publish", 1.5), ("rotate", 0)]),
         ("accumulating", [("step", 2), ("step", 3), ("step", 7), ("write", 1)]),
+        ("micro-batches", [("step", 3), ("step", 9)]),
         ("workers", [("step", 5), ("step", 9)]),
     ],
 )

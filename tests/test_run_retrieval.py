@@ -24,7 +24,7 @@ from processing_ieft import IeftProcessor
 
 ROOT = Path(__file__).parent.parent
 PREDICT = ["--dataset_name", "scenes", "--use_cpu", "--max_predict_samples", "8", "--disable_tqdm", "true"]
-SMALL = [*PREDICT, "--max_train_samples", "24", "--max_eval_samples", "6", "--per_device_train_batch_size", "8"]
+SMALL = [*PREDICT, "--max_train_samples", "24", "--max_eval_samples", "6", "--train_batch_size", "8"]
 RESUME = ["--resume_from_checkpoint"]
 RECALLS = [f"{way}_r{k}" for way in ("ir", "tr") for k in (1, 5, 10)] + ["mean_recall"]
 
@@ -179,7 +179,7 @@ def test_a_streaming_run_copies_no_image_and_gives_the_same_recalls(tmp_path, mo
     path = str(write_fields(tmp_path / "deep", deep=True))
     arguments = ["--use_cpu", "--disable_tqdm", "true", "--dataset_name", path, "--network", "tiny",
                  "--max_steps", "3", "--eval_steps", "3", "--save_steps", "3", "--num_negatives", "4",
-                 "--protocol", "published", "--per_device_train_batch_size", "4"]  # fmt: skip
+                 "--protocol", "published", "--train_batch_size", "4"]  # fmt: skip
     cache = tmp_path / "cache"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
     streamed = run_retrieval.main([*arguments, "--streaming", "--output_dir", str(tmp_path / "streamed")])
@@ -222,7 +222,7 @@ def test_a_push_without_a_place_is_refused_before_anything_starts():
 
 def test_presets_follow_dataset_and_network_and_yield_to_the_user(tmp_path):
     _, data_args, args = run_retrieval.parse_arguments(["--dataset_name", "sydney", "--use_cpu"])
-    assert (args.per_device_train_batch_size, args.num_train_epochs, args.learning_rate) == (512, 100, 1e-4)
+    assert (args.train_batch_size, args.num_train_epochs, args.learning_rate) == (512, 100, 1e-4)
     assert (args.adam_beta2, args.weight_decay, args.contrastive_weight, args.num_negatives) == (0.98, 0.01, 0, 15)
     assert args.do_train and args.do_eval and args.do_predict and args.metric_for_best_model == "mean_recall"
     model_args, _, args = run_retrieval.parse_arguments(["--use_cpu", "--learning_rate", "1e-3", "--do_eval"])
@@ -239,7 +239,7 @@ def test_presets_follow_dataset_and_network_and_yield_to_the_user(tmp_path):
 @pytest.mark.parametrize("name, epochs, batch", [("rsicd", 50, 256), ("rsitmd", 50, 256), ("ucm", 100, 256)])
 def test_published_epochs_and_batches(name, epochs, batch):
     _, _, args = run_retrieval.parse_arguments(["--dataset_name", name, "--use_cpu"])
-    assert (args.num_train_epochs, args.per_device_train_batch_size) == (epochs, batch)
+    assert (args.num_train_epochs, args.train_batch_size) == (epochs, batch)
 
 
 def test_the_published_protocol_trains_on_validation_and_chooses_on_test(tmp_path):
@@ -418,8 +418,8 @@ def test_settings_may_be_yaml(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--dataloader_drop_last", "true", "--per_device_train_batch_size", "500"], "No step can be taken"),
-        (["--per_device_train_batch_size", "1"], "is 0 in batches of one"),
+        (["--dataloader_drop_last", "true", "--train_batch_size", "500"], "No step can be taken"),
+        (["--train_batch_size", "1"], "is 0 in batches of one"),
     ],
 )
 def test_a_run_that_cannot_learn_ends_with_an_error(tmp_path, arguments, message):

@@ -10,7 +10,8 @@ from configuration_ieft import IeftConfig
 from ieft.data.scenes import draw_scene
 from ieft.evaluation.metrics import retrieval_recalls
 from ieft.training.items import EvaluationSet, TrainingItems, learn_tokenizer
-from ieft.training.trainer import IeftTrainer, IeftTrainingArguments, matching_loss
+from ieft.training.losses import matching_loss
+from ieft.training.trainer import IeftTrainer, IeftTrainingArguments
 from modeling_ieft import IeftForImageTextRetrieval
 from processing_ieft import IeftImageProcessor, IeftProcessor
 

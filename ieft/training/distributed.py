@@ -40,6 +40,22 @@ def gather_rows(rows, *, fill=0):
     return sum_over_processes(rows.new_zeros(count, *rows.shape[1:]).index_copy(0, places, rows))
 
 
+def largest_over_processes(number, device):
+    """The largest of a whole number of each process, on every process."""
+    if process_count() == 1:
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def average_gradients(parameters):
+    """Replace each gradient by its mean over all processes, which must hold gradients of the same parameters."""
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    for work in [dist.all_reduce(gradient.div_(process_count()), async_op=True) for gradient in gradients]:
+        work.wait()
+
+
 def sum_over_processes(tensor):
     """The sum over all processes, on every process. It is exact where only one process has a non-zero entry.
 

@@ -114,9 +114,13 @@ class OutputFolder:
 
     def _recorded(self):
         try:
-            return json.loads((self.path / RECORD).read_text(encoding="utf-8"))
+            recorded = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
+        training = recorded.get("training") or {}
+        if "per_device_train_batch_size" in training:  # the total, under the name that earlier versions gave it
+            training.setdefault("train_batch_size", training.pop("per_device_train_batch_size"))
+        return recorded
 
     def _check_nothing_is_replaced(self, advice=""):
         found = sorted({path.name for pattern in TRAINING_FILES for path in self.path.glob(pattern)})

@@ -1,33 +1,37 @@
 """A Trainer for IEFT that evaluates by ranking.
 
-There are two losses. Ranking (Tang et al. 2023): cross-entropy over the matching scores of an image with its own
-caption and with others. Contrastive (as CLIP; weight 0 in the published recipe): cross-entropy, in both directions,
-over the similarities of images and captions encoded separately by the same network. With the contrastive loss, the
-ranking loss scores all pairs in groups of images of the batch: random groups first, later groups of hard negatives
-mined by contrastive similarity. The batch is that of all processes together, so that groups and loss do not depend on
-the number of processes. With a teacher, the ranking loss has a distillation term.
+There are two losses (`ieft.training.losses`): ranking, and contrastive (weight 0 in the published recipe). With the
+contrastive loss, the ranking loss scores all pairs in groups of images of the batch: random groups first, later groups
+of hard negatives mined by contrastive similarity. With a teacher, the ranking loss has a distillation term. The batch
+is that of all processes together, and each process computes its share by micro-batches that fit into memory: groups,
+loss and gradients depend on neither.
 
 A loss, gradient or weight that is not finite stops the run with a report before it reaches a checkpoint. A killed run
 resumes from its last checkpoint and reproduces the uninterrupted run bit for bit.
 """
 
+import logging
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast
-from torch.nn.functional import cross_entropy
+from accelerate.utils.memory import clear_device_cache
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from ieft.evaluation.metrics import retrieval_recalls
 from ieft.evaluation.ranking import score_matrix
 from ieft.training.checkpoints import STATE, UNFINISHED, explained_if_not_written, publish, write_json
-from ieft.training.distillation import group_divergence, listwise_divergence
-from ieft.training.distributed import gather_rows, process_count, process_rank, sum_over_processes
+from ieft.training.distributed import average_gradients, gather_rows, largest_over_processes, process_count
 from ieft.training.hard_negatives import NeighbourSampler
+from ieft.training.losses import FEATURES, GroupedBatch, call_model, candidate_calls, candidate_loss
+from ieft.training.micro_batches import OutOfMemory, get_random_state, is_out_of_memory, set_random_state
+
+logger = logging.getLogger(__name__)
 
 # Options of transformers that ranking does not read, and the values that leave them out.
 UNREAD = {
@@ -35,6 +39,7 @@ UNREAD = {
     "eval_accumulation_steps": None, "include_for_metrics": [], "label_names": None,
 }  # fmt: skip
 BATCHES = ("shuffled", "neighbours")
+DEFAULT_BATCH = 8  # images on a device, as in transformers
 MAX_OVERFLOWS = 25  # in a row: the loss scale has then fallen from 65536 below 1, so float16 is not the cause
 
 
@@ -42,6 +47,20 @@ MAX_OVERFLOWS = 25  # in a row: the loss scale has then fallen from 65536 below 
 class IeftTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` plus the options of IEFT."""
 
+    train_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Images of one step, over all devices. None: per_device_train_batch_size on each device, times "
+            "gradient_accumulation_steps."
+        },
+    )
+    per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Micro-batch: images that a device computes at once, with their captions. It does not change what "
+            "is learnt. None: as many as fit into memory."
+        },
+    )
     num_negatives: int = field(
         default=15, metadata={"help": "Negative captions that each image's own caption is ranked against."}
     )
@@ -75,6 +94,7 @@ class IeftTrainingArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         _check_ranges(self)
+        _compose_batch(self)
         if self.save_total_limit == 1 and self.load_best_model_at_end:
             # The Trainer would delete the newest checkpoint at the end, and a resumed run would train again.
             self.save_total_limit = 2
@@ -89,7 +109,10 @@ def _check_ranges(args):
             raise ValueError(f"{name} has no effect on IEFT's losses and evaluation; got {getattr(args, name)!r}.")
     if args.max_steps == 0:  # transformers would take the epochs instead
         raise ValueError("max_steps must be 1 or more, or -1 to train for num_train_epochs; got 0.")
-    above_zero = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_negatives")
+    above_zero = ("learning_rate", "gradient_accumulation_steps", "num_negatives")
+    above_zero += tuple(
+        name for name in ("train_batch_size", "per_device_train_batch_size") if getattr(args, name) is not None
+    )
     above_zero += () if args.max_steps > 0 else ("num_train_epochs",)
     above_zero += () if args.groups_per_step is None else ("groups_per_step",)
     for name in above_zero:
@@ -101,6 +124,52 @@ def _check_ranges(args):
     for name in ("ranking_start", "mining_start"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"{name} is a share of the steps, from 0 to 1; got {getattr(args, name)}.")
+
+
+def _compose_batch(args):
+    """Set `train_batch_size`, and check that it is the same on every device and what the other options say.
+
+    The Trainer's own accumulation stays 1: `IeftTrainer.training_step` takes the whole share of a device.
+    """
+    devices, accumulation = args.world_size, args.gradient_accumulation_steps
+    if args.auto_find_batch_size or args.accelerator_config.split_batches:
+        raise ValueError(
+            "train_batch_size is kept, and the micro-batch is chosen to fit: leave out auto_find_batch_size and "
+            "split_batches."
+        )
+    if args.train_batch_size is None:
+        args.train_batch_size = (args.per_device_train_batch_size or DEFAULT_BATCH) * devices * accumulation
+    total, micro_batch = args.train_batch_size, args.per_device_train_batch_size
+    if total % devices:
+        raise ValueError(f"train_batch_size must be a multiple of the {devices} devices; got {total}.")
+    if accumulation > 1 and accumulation != -(-total // (devices * (micro_batch or total))):
+        raise ValueError(
+            f"gradient_accumulation_steps follows from train_batch_size ({total} images a step over all devices) and "
+            f"per_device_train_batch_size: leave it out, or pass --train_batch_size "
+            f"{(micro_batch or DEFAULT_BATCH) * devices * accumulation} for that many images a step; got "
+            f"{accumulation}."
+        )
+    if micro_batch is not None and micro_batch > total // devices:
+        raise ValueError(
+            f"per_device_train_batch_size is the part of a batch that a device computes at once, here at most "
+            f"{total // devices} (train_batch_size {total}, {devices} devices); got {micro_batch}. For more images a "
+            "step pass --train_batch_size."
+        )
+    args.gradient_accumulation_steps = 1
+    if args.deepspeed_plugin is not None:  # its engine steps after each backward pass
+        if micro_batch not in (None, total // devices):
+            raise ValueError("DeepSpeed computes a device's share at once: leave per_device_train_batch_size out.")
+        args.per_device_train_batch_size = total // devices
+
+
+def describe_batch(args):
+    """How the batch of a step is composed, as text."""
+    share = args.train_batch_size // args.world_size
+    micro_batches = -(-share // args.per_device_train_batch_size)
+    return (
+        f"{args.train_batch_size} images a step = {args.world_size} devices x {micro_batches} micro-batches x "
+        f"{args.per_device_train_batch_size} images"
+    )
 
 
 class IeftTrainer(Trainer):
@@ -118,11 +187,11 @@ class IeftTrainer(Trainer):
             _check_items(train_dataset, args)
             options.setdefault("data_collator", train_dataset.collate)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
-        self.model_accepts_loss_kwargs = False  # the model's keyword arguments select pairs, they are not loss options
+        self._train_batch_size = args.train_batch_size // args.world_size  # of the loader of each process
         self.add_callback(_EpochOfItems(train_dataset))
         self.add_callback(_GradientsChecked(self))
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(args.device)
-        self._recent_batches = []  # of the current step
+        self._batch = None  # of the current step
         self._overflows = 0  # consecutive steps with float16 overflow
         self._is_saving = False
 
@@ -131,20 +200,26 @@ class IeftTrainer(Trainer):
             return NeighbourSampler(self.train_dataset)
         return super()._get_train_sampler(train_dataset)
 
-    def train(self, *arguments, **options):
+    def train(self, resume_from_checkpoint=None, **options):
         """As `Trainer.train`.
 
         Raises:
             ValueError: if not a single step could be taken.
+            MemoryError: if not even a micro-batch of one image fits into memory.
         """
-        batch = self.args.per_device_train_batch_size * self.args.world_size
+        batch = self.args.train_batch_size
         if self.args.dataloader_drop_last and len(self.train_dataset) < batch:
             raise ValueError(
                 f"No step can be taken: --dataloader_drop_last leaves out the only batch, of "
-                f"{len(self.train_dataset)} captions where {batch} fill one. Omit it, or lower "
-                "--per_device_train_batch_size."
+                f"{len(self.train_dataset)} captions where {batch} fill one. Omit it, or lower --train_batch_size."
             )
-        return super().train(*arguments, **options)
+        if self.args.per_device_train_batch_size is None:
+            self.args.per_device_train_batch_size = self._choose_micro_batch(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+
+    def _choose_micro_batch(self, checkpoint):
+        """That of the checkpoint, for the same bits; otherwise as many images as fit into memory."""
+        return self._train_batch_size
 
     def get_train_dataloader(self):
         """As `Trainer.get_train_dataloader`, with its own random generator.
@@ -157,34 +232,61 @@ class IeftTrainer(Trainer):
         return loader
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of one batch from `TrainingItems.collate`, a scalar."""
-        tensors = {name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask")}
+        """The loss of one batch from `TrainingItems.collate`, computed at once: a scalar, equal on every process.
+
+        Training computes the same loss by micro-batches (`training_step`).
+        """
         if self.args.contrastive_weight:
-            own = inputs["candidates"][:, 0]  # row i of the captions becomes that of image i
-            tensors |= {name: tensors[name][own] for name in ("input_ids", "attention_mask")}
-            loss = self._contrastive_and_group_loss(model, tensors, self._matches_in_batch(inputs))
+            batch = self._group(inputs)
+            calls = batch.calls(len(batch.pixel_values))
+            loss = self._grouped_loss(batch, call_model(model, *calls[0]), self._teacher_logits(calls))
         else:
-            loss = self._candidate_loss(model, tensors, inputs["candidates"])
+            loss = sum(self._candidate_losses(model, inputs, len(inputs["candidates"])))
         return (loss, {}) if return_outputs else loss
 
-    def _candidate_loss(self, model, tensors, candidates):
-        """The published loss: each image's own caption, first of its candidates (I, N), against the others."""
-        images = torch.arange(len(candidates), device=candidates.device)
-        tensors |= {
-            "pair_images": images.repeat_interleave(candidates.shape[1]),
-            "pair_captions": candidates.flatten(),
-        }
-        scores = model(**tensors).logits.view(candidates.shape).float()  # (I, N)
-        loss = cross_entropy(scores, torch.zeros_like(images))
-        if self.teacher is None:
-            return loss
-        teacher_scores = self._teacher_logits(tensors).view(candidates.shape)
-        return loss + self.args.distillation_weight * listwise_divergence(scores, teacher_scores)
+    def _candidate_losses(self, model, inputs, micro_batch):
+        """The published loss by micro-batches: parts that sum to the mean over all images of this process."""
+        num_images, num_candidates = inputs["candidates"].shape
+        for call in candidate_calls(inputs, micro_batch):
+            scores = call_model(model, call)["logits"].float().view(-1, num_candidates)  # (micro-batch, N)
+            teacher_logits = self._teacher_logits([(call, ("logits",))])
+            teacher_scores = None if teacher_logits is None else teacher_logits.view(scores.shape)
+            loss = candidate_loss(scores, teacher_scores, distillation_weight=self.args.distillation_weight)
+            yield loss * (len(scores) / num_images)
 
     @torch.no_grad()
-    def _teacher_logits(self, tensors):
-        """The teacher's scores of the pairs that the model is given: (B, 1) float32."""
-        return self.teacher(**tensors).logits.float()
+    def _teacher_logits(self, calls):
+        """The teacher's scores of the pairs that the model is given: (B, 1) float32, or None without a teacher.
+
+        Args:
+            calls: (arguments of the model, names of its outputs), as `GroupedBatch.calls`.
+        """
+        if self.teacher is None:
+            return None
+        calls = [call | {"output_features": False} for call, names in calls if "logits" in names]
+        return torch.cat([self.teacher(**call).logits.float() for call in calls])
+
+    def _group(self, inputs):
+        """`GroupedBatch` of the batch of all processes."""
+        own = inputs["candidates"][:, 0]  # row i of the captions becomes that of image i
+        tensors = {"pixel_values": inputs["pixel_values"]}
+        tensors |= {name: inputs[name][own] for name in ("input_ids", "attention_mask")}
+        is_match = self._matches_in_batch(inputs)
+        groups = self._choose_groups(tensors, is_match, mined=self._progress >= self.args.mining_start)  # (K, N)
+        # Before the ranking loss starts, one pair is scored and weighted 0, so that every parameter has a gradient.
+        groups = groups if self._ranks else groups[:1, :1]
+        captions = (gather_rows(tensors[name]) for name in ("input_ids", "attention_mask"))
+        return GroupedBatch(tensors["pixel_values"], *captions, is_match, groups)
+
+    @property
+    def _progress(self):
+        """The share of the steps that were taken."""
+        return self.state.global_step / max(1, self.state.max_steps)
+
+    @property
+    def _ranks(self):
+        """Whether the ranking loss has joined the contrastive loss."""
+        return self._progress >= self.args.ranking_start
 
     def _matches_in_batch(self, inputs):
         """(B, B) for the B rows of all processes: True where the image of a row carries the sentence of a column."""
@@ -193,38 +295,16 @@ class IeftTrainer(Trainer):
         carried = gather_rows(inputs["image_text_ids"], fill=-1)  # (B, T)
         return (carried[:, :, None] == gather_rows(inputs["text_ids"])).any(dim=1)
 
-    def _contrastive_and_group_loss(self, model, tensors, is_match):
-        """The loss of the batch of all processes (B rows), of which this process holds I; `is_match` is (B, B).
-
-        Each process encodes all captions, which is cheap, and scores only its own images.
-        """
-        progress = self.state.global_step / max(1, self.state.max_steps)
-        ranks = progress >= self.args.ranking_start
-        groups = self._choose_groups(tensors, is_match, mined=progress >= self.args.mining_start)  # (K, N)
-        # Before the ranking loss starts, one pair is scored and weighted 0, so that every parameter has a gradient.
-        groups = groups if ranks else groups[:1, :1]
-        size, num_images = groups.shape[1], len(tensors["pixel_values"])
-        images = groups.flatten() - process_rank() * num_images  # (K*N,) rows of this process, where in 0..I-1
-        own = torch.nonzero((images >= 0) & (images < num_images))[:, 0]
-        places = own if len(own) else own.new_zeros(1)  # else score a dummy pair to keep ranks in sync
-        pairs = {
-            "pixel_values": tensors["pixel_values"],
-            "input_ids": gather_rows(tensors["input_ids"]),
-            "attention_mask": gather_rows(tensors["attention_mask"]),
-            "pair_images": images[places].clamp(0, num_images - 1).repeat_interleave(size),
-            "pair_captions": groups[places // size].flatten(),
-        }
-        outputs = model(**pairs, output_features=True)
-        image_features = gather_rows(outputs.image_features)
-        similarity = outputs.similarity_scale * image_features @ outputs.text_features.T  # (B, B)
-        contrastive = matching_loss(similarity[None].float(), is_match[None])
-        scores = _put_together(outputs.logits, places, len(images), size, counts=len(own) > 0)  # (K, N, N)
-        matches = is_match[groups[:, :, None], groups[:, None, :]]
-        ranking = matching_loss(scores, matches)
-        if self.teacher is not None and ranks:
-            teacher_scores = _put_together(self._teacher_logits(pairs), places, len(images), size, counts=len(own) > 0)
-            ranking = ranking + self.args.distillation_weight * group_divergence(scores, teacher_scores, matches)
-        return self.args.contrastive_weight * contrastive + (ranking if ranks else 0.0 * scores.sum())
+    def _grouped_loss(self, batch, outputs, teacher_logits):
+        """The contrastive and the ranking loss of a `GroupedBatch`, from the outputs of this process by name."""
+        features = (outputs[name] for name in ("image_features", "text_features"))
+        contrastive = batch.contrastive_loss(*features, outputs["similarity_scale"][0])
+        scores = batch.group_scores(outputs["logits"])
+        if not self._ranks:
+            return self.args.contrastive_weight * contrastive + 0.0 * scores.sum()
+        teacher_scores = None if teacher_logits is None else batch.group_scores(teacher_logits)
+        ranking = batch.ranking_loss(scores, teacher_scores, distillation_weight=self.args.distillation_weight)
+        return self.args.contrastive_weight * contrastive + ranking
 
     def _choose_groups(self, tensors, is_match, *, mined):
         """Groups of rows of the batch whose pairs are all scored: (K, N). N is at most `num_negatives` + 1."""
@@ -241,27 +321,148 @@ class IeftTrainer(Trainer):
     def _mine_neighbours(self, tensors, is_match, *, anchors, size):
         """Each anchor row with the `size` - 1 rows that are most similar to it by the contrastive heads."""
         model = self.model_wrapped.eval()  # no dropout; the wrapped model, since its weights may be sharded
-        with self.compute_loss_context_manager():
-            one = torch.zeros_like(anchors[:1])
-            outputs = model(**tensors, pair_images=one, pair_captions=one, output_features=True)
+        micro_batch = self.args.per_device_train_batch_size or len(tensors["pixel_values"])
+        parts = zip(*(rows.split(micro_batch) for rows in tensors.values()), strict=True)
+        one = torch.zeros_like(anchors[:1])
+        with self._memory_errors_agreed():
+            outputs = [
+                model(
+                    **dict(zip(tensors, part, strict=True)), pair_images=one, pair_captions=one, output_features=True
+                )
+                for part in parts
+            ]
         model.train()
-        similarity = (gather_rows(outputs.image_features) @ gather_rows(outputs.text_features).T).float()
+        images, captions = (
+            gather_rows(torch.cat([each[name] for each in outputs])) for name in ("image_features", "text_features")
+        )
+        similarity = (images @ captions.T).float()
         similarity = (similarity + similarity.T).masked_fill(is_match | is_match.T, -torch.inf)
         neighbours = similarity[anchors].topk(size - 1, dim=1).indices  # (K, N - 1)
         groups = torch.cat([anchors[:, None], neighbours], dim=1)
         return broadcast(groups)  # rounding, and so the choice, may differ between different machines
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """As `Trainer.training_step`; batches are kept for the error report until the optimizer step.
+        """Loss and gradients of one batch, computed by micro-batches of `per_device_train_batch_size` images.
+
+        They are those of the whole batch, but for rounding and for the masks of dropout. Where memory runs out, the
+        micro-batch is halved on every process and the step is computed again from the same random states.
 
         Raises:
             FloatingPointError: if the loss is not finite, before any weight is updated.
+            MemoryError: if not even a micro-batch of one image fits.
         """
-        self._recent_batches.append(inputs)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._batch = inputs  # for the error report, until the optimizer step
+        model.train()
+        if hasattr(self.optimizer, "train"):  # of schedule-free optimizers
+            self.optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        random_state = get_random_state(self.args.device)
+        while True:
+            try:
+                loss = self._compute_gradients(model, inputs)
+                break
+            except OutOfMemory as error:
+                self._halve_micro_batch(error)  # the error, and with it what it keeps in memory, ends here
+            model.zero_grad()
+            clear_device_cache(garbage_collection=True)
+            set_random_state(self.args.device, random_state)
         if not torch.isfinite(loss) and self.accelerator.scaler is None:
             self._stop(f"The loss is {loss.item()}")
         return loss
+
+    def _compute_gradients(self, model, inputs):
+        """Loss of the whole batch, a scalar without gradient; the gradients are then the same on every process."""
+        micro_batch = self.args.per_device_train_batch_size or len(inputs["pixel_values"])
+        compute = self._grouped_gradients if self.args.contrastive_weight else self._candidate_gradients
+        if process_count() == 1 or self._is_sharded:
+            return compute(model, inputs, micro_batch)
+        with self.accelerator.no_sync(model):  # a process that runs out of memory must not leave others in a sum
+            loss = compute(model, inputs, micro_batch)
+        average_gradients(model.parameters())
+        return loss
+
+    def _candidate_gradients(self, model, inputs, micro_batch):
+        """The published loss: each image has candidates of its own, so that losses of micro-batches just add up."""
+        total = torch.zeros((), device=self.args.device)
+        with self._memory_errors_agreed():
+            for loss in self._candidate_losses(model, inputs, micro_batch):
+                self.accelerator.backward(loss)
+                total += loss.detach()
+        return total
+
+    def _grouped_gradients(self, model, inputs, micro_batch):
+        """The contrastive and the ranking loss, which compare all rows of the batch, by cached gradients.
+
+        Features and scores are computed without gradient, the loss of the whole batch gives the gradient of each of
+        them, and a second pass, with the same random states, carries these on to the weights: Gao et al., "Scaling
+        Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021. A batch that fits is computed
+        in one pass.
+        """
+        batch = self._group(inputs)
+        calls = batch.calls(micro_batch)
+        whole = len(calls) == 1
+        random_states, outputs = [], []
+        with self._memory_errors_agreed():
+            for call in calls:
+                random_states.append(get_random_state(self.args.device))
+                with torch.set_grad_enabled(whole):
+                    outputs.append(call_model(model, *call))
+            teacher_logits = self._teacher_logits(calls)
+        parts = {
+            name: [each[name].detach().float() for each in outputs if name in each] for name in (*FEATURES, "logits")
+        }
+        leaves = {name: torch.cat(each).requires_grad_() for name, each in parts.items()}
+        loss = self._grouped_loss(batch, leaves, teacher_logits)
+        loss.backward()
+        gradients = {name: iter(leaf.grad.split([*map(len, parts[name])])) for name, leaf in leaves.items()}
+        with self._memory_errors_agreed():
+            for call, random_state, output in zip(calls, random_states, outputs, strict=True):
+                if not whole:
+                    set_random_state(self.args.device, random_state)
+                    output = call_model(model, *call)
+                carried = ((value.float() * next(gradients[name])).sum() for name, value in output.items())
+                self.accelerator.backward(sum(carried))
+        return loss.detach()
+
+    @property
+    def _is_sharded(self):
+        """Whether processes exchange weights or gradients within each forward and backward pass."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @contextmanager
+    def _memory_errors_agreed(self):
+        """Turn memory errors within, which must hold no exchange between processes, into `OutOfMemory` on all."""
+        problem = None
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = str(error)
+            if self._is_sharded:
+                raise MemoryError(
+                    f"{problem} With FSDP or DeepSpeed the micro-batch is not halved while training: start again with "
+                    f"--per_device_train_batch_size below {self.args.per_device_train_batch_size}."
+                ) from error
+        if largest_over_processes(int(problem is not None), self.args.device):
+            raise OutOfMemory(problem or "Another process ran out of memory.")
+
+    def _halve_micro_batch(self, error):
+        """Halve the micro-batch after a memory error, on every process."""
+        before = self.args.per_device_train_batch_size
+        if before == 1:
+            raise MemoryError(
+                "A micro-batch of one image does not fit into the memory beside the network, its gradients and the "
+                f"state of the optimizer: {str(error).splitlines()[0]} Use a device with more memory, --bf16 true, "
+                "--gradient_checkpointing true, a smaller network, or fewer --num_negatives (another experiment)."
+            ) from None
+        self.state.train_batch_size = self.args.per_device_train_batch_size = -(-before // 2)
+        if self.is_world_process_zero():
+            logger.warning(
+                "Out of memory in step %d: the micro-batch is halved from %d to %d images and the step is computed "
+                "again. %s", self.state.global_step + 1, before, self.args.per_device_train_batch_size,
+                describe_batch(self.args),
+            )  # fmt: skip
 
     def check_gradients(self):
         """Check the gradients before the optimizer step.
@@ -277,12 +478,12 @@ class IeftTrainer(Trainer):
         self._overflows = 0 if torch.isfinite(norm) else self._overflows + 1
         if self._overflows > (0 if self.accelerator.scaler is None else MAX_OVERFLOWS):
             self._stop(f"The gradient's norm is {norm.item()}, for {self._overflows} steps in a row")
-        self._recent_batches.clear()
+        self._batch = None
 
     def _stop(self, problem):
         """Stop with an error that names the batch, which is also saved as a file."""
         path = Path(self.args.output_dir) / f"bad_batch_{self.args.process_index}.json"
-        entries = [entry for batch in self._recent_batches for entry in self._describe(batch)]
+        entries = self._describe(self._batch)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"step": self.state.global_step + 1, "problem": problem, "batch": entries})
         unreadable = [entry["filename"] for entry in entries if not entry["pixels_are_finite"]]
@@ -405,7 +606,9 @@ class _EpochOfItems(TrainerCallback):
         self.items = items
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Fix the path of the best checkpoint in a moved folder, and give each process its own dropout seed."""
+        """Fix the path of the best checkpoint in a moved folder, note the micro-batch, and give each process its own
+        dropout seed."""
+        state.train_batch_size = args.per_device_train_batch_size
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         if state.best_global_step and best.is_dir():
             state.best_model_checkpoint = str(best)
@@ -428,7 +631,6 @@ class _GradientsChecked(TrainerCallback):
 
 def _check_items(items, args):
     """Raise a ValueError if items and arguments do not fit together, or if nothing can be learnt from the items."""
-    batch = args.per_device_train_batch_size * args.world_size
     expected = 0 if args.contrastive_weight else args.num_negatives
     if items.num_negatives != expected:
         because = (
@@ -437,10 +639,10 @@ def _check_items(items, args):
         raise ValueError(
             f"TrainingItems(num_negatives={expected}) expected, {because}; got num_negatives={items.num_negatives}."
         )
-    if args.contrastive_weight and batch < 2:
+    if args.contrastive_weight and args.train_batch_size < 2:
         raise ValueError(
             "The contrastive loss compares the captions of a batch, and is 0 in batches of one. Raise "
-            "--per_device_train_batch_size to 2 or more, or set --contrastive_weight 0."
+            "--train_batch_size to 2 or more, or set --contrastive_weight 0."
         )
     if len(set(items.caption_text_id.tolist())) < 2:
         raise ValueError(
@@ -448,29 +650,3 @@ def _check_items(items, args):
             if len(items)
             else "The training split holds no caption."
         )
-
-
-def _put_together(logits, places, num_rows, size, *, counts):
-    """Combine the rows, at `places`, that each process has scored into the scores of all groups: (K, N, N).
-
-    With `counts` False, the row of this process is a dummy and is ignored.
-    """
-    scores = logits.view(-1, size).float() * counts
-    scores = scores.new_zeros(num_rows, size).index_copy(0, places, scores)
-    return sum_over_processes(scores).view(-1, size, size)
-
-
-def matching_loss(scores, is_match):
-    """Cross-entropy of the diagonal, by rows and by columns, ignoring other matching pairs.
-
-    Args:
-        scores: (K, N, N), row i and column i belong together.
-        is_match: (K, N, N), True also where another row's caption matches because it is the same sentence.
-
-    Returns:
-        The mean over both directions.
-    """
-    targets = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
-    own = torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
-    by_images = cross_entropy(scores.masked_fill(is_match & ~own, -torch.inf).transpose(1, 2), targets)
-    return (by_images + cross_entropy(scores.masked_fill(is_match & ~own, -torch.inf), targets)) / 2
