@@ -1,10 +1,10 @@
 """Loads or converts ViLT and IEFT checkpoints of any format, and reports what became of each tensor.
 
     python convert_checkpoint.py vilt_200k_mlm_itm.ckpt converted/vilt --tokenizer bert-base-uncased
-    python convert_checkpoint.py dandelin/vilt-b32-mlm converted/vilt
+    python convert_checkpoint.py https://github.com/.../vilt_200k_mlm_itm.ckpt converted/vilt
 
-The source is an original ViLT checkpoint, a checkpoint of the published IEFT code, or a folder or Hub id of a
-transformers ViLT or of an IEFT of this project. The result is a model with its processor.
+The source is an original ViLT checkpoint or one of the published IEFT code, as a file or URL, or a folder or Hub id of
+a transformers ViLT or of an IEFT of this project. The result is a model with its processor.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import BertTokenizer, ViltConfig
 
 from configuration_ieft import IeftConfig
+from ieft.data.downloads import cached_file, is_url
 from modeling_ieft import IeftForImageTextRetrieval
 from processing_ieft import IeftImageProcessor, IeftProcessor
 
@@ -76,13 +77,21 @@ SHARED_SIZES = (
     "patch_size", "num_channels", "qkv_bias",
 )  # fmt: skip
 DEFAULT_TOKENIZER = "bert-base-uncased"
+EXPECTED_TOKENIZER = (
+    "Pass --tokenizer of convert_checkpoint.py with a folder that holds BERT's uncased vocabulary (vocab.txt or "
+    "tokenizer.json), or a Hub id that can be reached; run_retrieval.py takes the folder that it writes."
+)
+# What the published IEFT starts from: ViLT-B/32 after 200k steps, with its image-text-matching head.
+VILT_RELEASE = "https://github.com/dandelin/ViLT/releases/download/200k/vilt_200k_mlm_itm.ckpt"
+# Packages whose classes Lightning's checkpoints name beside the weights. None is needed, imported or run.
+BOOKKEEPING = ("pytorch_lightning", "lightning", "sacred", "numpy")
 
 
 def load_any_checkpoint(source, *, tokenizer=None, fit=None, **sizes):
     """Load the network and processor of a ViLT or IEFT checkpoint; new parameters are initialized.
 
     Args:
-        source: a file (Lightning `.ckpt`, `.pt`, `.bin`), a folder, or a Hub id.
+        source: a file (Lightning `.ckpt`, `.pt`, `.bin`) or its URL, a folder, or a Hub id.
         tokenizer: folder or Hub id of the tokenizer; by default the source's own, or BERT's uncased.
         fit: as `IeftImageProcessor`; by default the source's own, or "crop".
         sizes: fields of `IeftConfig` to change, such as `image_size` (positions are interpolated) or
@@ -96,6 +105,14 @@ def load_any_checkpoint(source, *, tokenizer=None, fit=None, **sizes):
         OSError: if the source or tokenizer cannot be found or downloaded.
     """
     sizes = {name: value for name, value in sizes.items() if value is not None}
+    if is_url(source):
+        path = cached_file(source)
+        try:
+            return load_any_checkpoint(path, tokenizer=tokenizer, fit=fit, **sizes)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}\nThe file was downloaded from {source}. Delete it to download it again."
+            ) from error
     if os.path.isfile(source):
         folder, tensors = Path(source).parent, read_tensors(source)
         config = published_config(source, tensors, sizes)
@@ -104,7 +121,14 @@ def load_any_checkpoint(source, *, tokenizer=None, fit=None, **sizes):
         folder = find_folder(source)
         config, tensors = folder_config(source, folder, sizes), read_folder(folder)
         renamed, unknown = rename_transformers(tensors), []
-    model = build_model(config, start_ranking_head(renamed, tensors), unknown)
+    renamed = start_ranking_head(renamed, tensors)
+    if "rank_output.weight" not in renamed:
+        logger.warning(
+            "%s has neither a ranking head nor the image-text-matching head of ViLT (the Hub's dandelin/vilt-b32-mlm "
+            "was saved without it): the ranking head starts from random weights. The published training starts from "
+            "%s, which has it.", source, VILT_RELEASE,
+        )  # fmt: skip
+    model = build_model(config, renamed, unknown)
     return model, load_processor(folder, config, tokenizer=tokenizer, fit=fit)
 
 
@@ -126,7 +150,8 @@ def read_tensors(path):
             ) from error
     _check_unpacked_size(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(inert_classes(path)):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # garbage can raise anything
         reason = re.search(r"[Uu]nsupported (GLOBAL|global|operand)[: ]*(GLOBAL )?[\w.]+", str(error))
         raise ValueError(
@@ -145,6 +170,26 @@ def read_tensors(path):
         if tensor.is_meta or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{path} says that {name!r} is {list(tensor.shape)}, and holds fewer numbers than that.")
     return tensors
+
+
+class Inert:
+    """Stands for a class that a checkpoint names beside its weights; does nothing, whatever it is given."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def inert_classes(path):
+    """Classes that do nothing, under those names in a file that belong to packages of `BOOKKEEPING`."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not the zip format of torch.save, or damaged: torch.load will say so
+        return []
+    places = [name.rpartition(".") for name in names if name.split(".")[0] in BOOKKEEPING]
+    return [type(name, (Inert,), {"__module__": module}) for module, _, name in places]
 
 
 def _check_unpacked_size(path):
@@ -405,16 +450,10 @@ def load_processor(folder, config, *, tokenizer=None, fit=None):
     try:
         vocabulary = BertTokenizer.from_pretrained(place)
     except Exception as error:  # for damaged files, the tokenizers library raises any kind of error
-        raise OSError(
-            f"No tokenizer could be loaded from {place!r}. Pass --tokenizer with a folder that holds BERT's uncased "
-            "vocabulary (vocab.txt or tokenizer.json), or a Hub id that can be reached."
-        ) from error
+        raise OSError(f"No tokenizer could be loaded from {place!r}. {EXPECTED_TOKENIZER}") from error
     special = len(vocabulary.all_special_tokens)
     if len(vocabulary) <= special:  # what transformers returns if it finds no vocabulary
-        raise OSError(
-            f"No tokenizer could be loaded from {place!r}: it has no vocabulary. Pass --tokenizer with a folder "
-            "that holds BERT's uncased vocabulary (vocab.txt or tokenizer.json), or a Hub id that can be reached."
-        )
+        raise OSError(f"No tokenizer could be loaded from {place!r}: it has no vocabulary. {EXPECTED_TOKENIZER}")
     if len(vocabulary) != config.vocab_size:
         raise ValueError(
             f"The network has embeddings for {config.vocab_size} tokens, the tokenizer from {place!r} has "
@@ -443,7 +482,7 @@ def save_whole(model, processor, output_dir):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="a ViLT or IEFT checkpoint: a file, a folder or a Hub id")
+    parser.add_argument("source", help="a ViLT or IEFT checkpoint: a file, URL, folder or Hub id")
     parser.add_argument("output_dir", help="folder to create")
     parser.add_argument("--tokenizer", help="folder or Hub id (default: the source's own, or bert-base-uncased)")
     parser.add_argument(

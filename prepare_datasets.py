@@ -53,14 +53,20 @@ logger = logging.getLogger(__name__)
 SHARE_SET_ASIDE = 0.1
 ON_BAD_ROWS = ("stop", "skip")
 SYNTHETIC = ("scenes", "twins")
-# Name -> where the dataset is distributed, its images and captions as published.
+# Name -> where the dataset is distributed, in which layout, its images and captions as published.
+RSICD_PAGE = "https://github.com/201528014227051/RSICD_optimal"
 BENCHMARKS = {
-    "rsicd": ("https://github.com/201528014227051/RSICD_optimal", 10921, 54605),
-    "rsitmd": ("https://github.com/xiaoyuan1996/AMFMN", 4743, 23715),
-    "ucm": ("https://github.com/201528014227051/RSICD_optimal (UCM-Captions)", 2100, 10500),
-    "sydney": ("https://github.com/201528014227051/RSICD_optimal (Sydney-Captions)", 613, 3065),
-    "nwpu": ("https://github.com/HaiyanHuang98/NWPU-Captions", 31500, 157500),
-}
+    "rsicd": (RSICD_PAGE, "dataset_rsicd.json beside RSICD_images/*.jpg", 10921, 54605),
+    "rsitmd": ("https://github.com/xiaoyuan1996/AMFMN", "dataset_RSITMD.json beside images/*.tif", 4743, 23715),
+    "ucm": (f"{RSICD_PAGE} (UCM-Captions)", "dataset.json beside imgs/*.tif", 2100, 10500),
+    "sydney": (f"{RSICD_PAGE} (Sydney-Captions)", "dataset.json beside imgs/*.tif", 613, 3065),
+    "nwpu": (
+        "https://github.com/HaiyanHuang98/NWPU-Captions", "dataset_nwpu.json beside NWPU_images/CLASS/*.jpg",
+        31500, 157500,
+    ),
+}  # fmt: skip
+# Complete copies on the Hub, read without `data_dir`. Of the other benchmarks, none is known.
+HUB_COPIES = {"rsicd": "arampacha/rsicd"}
 
 
 def load_retrieval_dataset(name_or_path, data_dir=None, **options):
@@ -69,8 +75,8 @@ def load_retrieval_dataset(name_or_path, data_dir=None, **options):
     Args:
         name_or_path: scenes, twins, rsicd, rsitmd, ucm, sydney, nwpu; a folder, file or archive; or a dataset on
             the Hub.
-        data_dir: folder, zip or tar of a named dataset, as distributed; for a folder or file of annotations, the
-            folder that image names are relative to.
+        data_dir: folder, zip or tar of a named dataset, as distributed; without it, rsicd comes from the Hub. For a
+            folder or file of annotations, the folder that image names are relative to.
         options: as in `load_and_check`.
 
     Returns:
@@ -106,6 +112,7 @@ def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_co
     if on_bad_rows not in ON_BAD_ROWS:
         raise ValueError(f"on_bad_rows must be one of {', '.join(ON_BAD_ROWS)}; got {on_bad_rows!r}.")
     bands = parse_bands(bands) if isinstance(bands, str) else bands
+    name_or_path = place_of(name_or_path, data_dir)
     if name_or_path in SYNTHETIC:
         hard = name_or_path == "twins"
         builder = ScenesBuilder(config_name=name_or_path, scenes_seed=scenes_seed, hard=hard, cache_dir=cache_dir)
@@ -140,6 +147,7 @@ def load_lazily(name_or_path, data_dir=None, *, image_column=None, caption_colum
     Raises:
         ValueError: for a dataset on the Hub, which has no random access.
     """
+    name_or_path = place_of(name_or_path, data_dir)
     if data_dir is None and is_hub_id(name_or_path):
         raise ValueError(
             f"Training needs random access to images, but {name_or_path} on the Hub is a stream. Download it "
@@ -159,13 +167,27 @@ def load_lazily(name_or_path, data_dir=None, *, image_column=None, caption_colum
 # Finding a collection ------------------------------------------------------------------------------------------------
 
 
+def place_of(name_or_path, data_dir):
+    """The Hub id of a benchmark that is asked for without its folder; everything else as it is.
+
+    Raises:
+        ValueError: for a benchmark without a known copy on the Hub: says where it is distributed, and how.
+    """
+    if name_or_path not in BENCHMARKS or data_dir is not None:
+        return name_or_path
+    if name_or_path in HUB_COPIES:
+        return HUB_COPIES[name_or_path]
+    page, layout, images, captions = BENCHMARKS[name_or_path]
+    raise ValueError(
+        f"{name_or_path} has to be downloaded first: no complete copy on the Hub is known. It is distributed at "
+        f"{page}, as {layout} ({images:,} images, {captions:,} captions). Pass that folder, or a zip or tar of it, as "
+        f"--data_dir, or in place of {name_or_path} the name of a dataset on the Hub, user/name."
+    )
+
+
 def find_source(name_or_path, data_dir, columns, kept):
     """The name of a collection and its rows, or an error with a remedy."""
-    if name_or_path in BENCHMARKS and data_dir is None:
-        raise ValueError(
-            f"{name_or_path} has to be downloaded first, from {BENCHMARKS[name_or_path][0]}. Pass the folder, zip or "
-            "tar that holds its annotation file and its images as --data_dir."
-        )
+    name_or_path = place_of(name_or_path, data_dir)
     path, root = Path(data_dir or name_or_path), None
     if data_dir and name_or_path not in BENCHMARKS and Path(name_or_path).exists():
         path, root = Path(name_or_path), Path(os.path.abspath(data_dir))
@@ -242,7 +264,15 @@ def unpack(archive, kept):
 
 def read_hub_dataset(name, columns, kept):
     """All splits of a dataset on the Hub, or of a local parquet folder."""
-    splits = load_from_hub(name, cache_dir=str(kept / "hub"))
+    try:
+        splits = load_from_hub(name, cache_dir=str(kept / "hub"))
+    except ValueError as error:
+        for benchmark in (each for each, copy in HUB_COPIES.items() if copy == name):
+            raise ValueError(
+                f"{error} {benchmark} is also distributed at {BENCHMARKS[benchmark][0]}, as "
+                f"{BENCHMARKS[benchmark][1]}: pass that folder, or a zip or tar of it, as --data_dir."
+            ) from error
+        raise
     table = TableRows(columns)
     for split, data in splits.items():
         for column, feature in data.features.items():
@@ -418,7 +448,7 @@ def published_counts(name, splits):
         f"{name}: {count:,} {what}, as published."
         if count == published
         else f"{name}: {count:,} {what}; {published:,} are published: {count - published:+,}."
-        for what, count, published in zip(("images", "captions"), found, BENCHMARKS[name][1:], strict=True)
+        for what, count, published in zip(("images", "captions"), found, BENCHMARKS[name][2:], strict=True)
     ]
 
 

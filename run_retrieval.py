@@ -1,7 +1,7 @@
 """Train and evaluate IEFT for image-text retrieval.
 
     python run_retrieval.py --dataset_name scenes --output_dir outputs/scenes
-    accelerate launch run_retrieval.py --dataset_name rsicd --data_dir RSICD --model_name_or_path dandelin/vilt-b32-mlm
+    accelerate launch run_retrieval.py --dataset_name rsicd
 
 Training writes the model and its processor, results, figures and a model card to `--output_dir`. With only `--do_eval`
 or `--do_predict`, a trained model is evaluated: that of `--model_name_or_path`, or the one in `--output_dir`. Options
@@ -25,7 +25,7 @@ from datasets import concatenate_datasets
 from transformers import HfArgumentParser, PretrainedConfig, set_seed
 
 from configuration_ieft import IeftConfig
-from convert_checkpoint import load_any_checkpoint
+from convert_checkpoint import VILT_RELEASE, load_any_checkpoint
 from ieft.data.duplicates import find_copies, make_thumbnail
 from ieft.data.invalid_examples import BadRowsError, save_bad_rows
 from ieft.evaluation.report import ranked_sheet, recall_table, training_curves, two_stage_table
@@ -39,7 +39,7 @@ from ieft.training.output_folder import OutputFolder
 from ieft.training.settings import SETTINGS_ENDINGS, read_settings, refuse_settings
 from ieft.training.trainer import IeftTrainer, IeftTrainingArguments
 from modeling_ieft import IeftForImageTextRetrieval
-from prepare_datasets import load_and_check, load_lazily
+from prepare_datasets import load_and_check, load_lazily, published_counts
 from processing_ieft import IeftImageProcessor, IeftProcessor
 
 logger = logging.getLogger("run_retrieval")
@@ -116,6 +116,7 @@ NEEDED_STAGES = {
     "rerank_top_k": ("do_predict",),
     "eval_datasets": ("do_predict",),
     "network": ("do_train",),
+    "from_scratch": ("do_train",),
     "contrastive_dim": ("do_train",),
 }
 ABOUT_ONE_COLLECTION = ("data_dir", "image_column", "caption_column")
@@ -132,7 +133,10 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Hub id, folder or .ckpt of an IEFT or ViLT checkpoint. By default: from scratch."},
+        metadata={
+            "help": "Hub id, folder, .ckpt or URL of an IEFT or ViLT checkpoint. Default of --network base: the file "
+            f"that the published training starts from, {VILT_RELEASE}. Small networks start from scratch."
+        },
     )
     network: str = field(
         default="base",
@@ -140,6 +144,9 @@ class ModelArguments:
             "help": "base (the published network) or tiny (the default for synthetic scenes).",
             "choices": list(NETWORKS),
         },
+    )
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Train --network base from random weights, with a vocabulary of its own."}
     )
     first_joint_layer: int | None = field(
         default=None,
@@ -151,8 +158,8 @@ class ModelArguments:
     teacher: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id, folder or .ckpt of an IEFT whose scores are distilled into the model; both must have the "
-            "same vocabulary. See --distillation_weight."
+            "help": "Hub id, folder, .ckpt or URL of an IEFT whose scores are distilled into the model; both have "
+            "the same vocabulary. See --distillation_weight."
         },
     )
     fit: str | None = field(
@@ -164,7 +171,7 @@ class ModelArguments:
     )
     enhancement_layers: list[int] | None = field(
         default=None,
-        metadata={"help": "From scratch: blocks with a visual enhancement stage before them, instead of the default."},
+        metadata={"help": "Blocks of a new network that have a visual enhancement stage before them."},
     )
     overwrite_repository: bool = field(
         default=False,
@@ -185,7 +192,8 @@ class DataArguments:
         metadata={"help": "scenes, twins, rsicd, rsitmd, ucm, sydney, nwpu, a folder, file or archive, or user/name."},
     )
     data_dir: str | None = field(
-        default=None, metadata={"help": "Folder, zip or tar of a named dataset, as distributed."}
+        default=None,
+        metadata={"help": "Folder, zip or tar of a named dataset, as distributed. Default for rsicd: from the Hub."},
     )
     image_column: str | None = field(default=None, metadata={"help": "Image column of tables and Hub datasets."})
     caption_column: str | None = field(default=None, metadata={"help": "Caption column of tables and Hub datasets."})
@@ -336,7 +344,10 @@ def parse_arguments(arguments):
     asked = [stage for stage in STAGES if given.get(stage)]
     stages = asked or [stage for stage in STAGES if given.get(stage) is not False]
     check_options(given, stages)
-    model_args, data_args, args = parser.parse_dict(choose_recipe(given) | given)
+    defaults = choose_recipe(given)
+    if "do_train" in stages and not given.get("from_scratch") and given.get("network", defaults["network"]) == "base":
+        defaults["model_name_or_path"] = VILT_RELEASE  # a full-size network learns little from a benchmark alone
+    model_args, data_args, args = parser.parse_dict(defaults | given)
     for stage in STAGES:
         setattr(args, stage, stage in stages)  # do_eval is switched on by eval_strategy otherwise
     return model_args, data_args, args
@@ -365,10 +376,10 @@ def check_options(given, stages):
                 f"--{ignored[0]} has no effect on synthetic scenes. Pass --dataset_name with your dataset."
             )
     if "model_name_or_path" in given:
-        for name in ("network", "enhancement_layers"):
-            if name in given:
+        for name in ("network", "enhancement_layers", "from_scratch"):
+            if given.get(name, False) is not False:
                 raise ValueError(
-                    f"--{name} applies to a network from scratch, but --model_name_or_path starts from a checkpoint "
+                    f"--{name} applies to a new network, but --model_name_or_path starts from a checkpoint "
                     "with its own. Pass only one of the two."
                 )
     if "contrastive_dim" in given and given.get("contrastive_weight") == 0:
@@ -452,6 +463,8 @@ def load_splits(data_args, args):
     missing = {"train", "validation", "test"} - set(splits)
     if missing:
         raise ValueError(f"{data_args.dataset_name} has no usable row in its {', '.join(sorted(missing))} split.")
+    for line in published_counts(data_args.dataset_name, splits):
+        logger.info(line)
     if data_args.protocol == "published":
         both = splits["train"], splits["validation"]
         splits["train"] = concatenate_datasets(both) if isinstance(both[0], datasets.Dataset) else both[0] + both[1]
@@ -531,9 +544,11 @@ def rank_others(trainer, processor, others, data_args):
 def load_model(model_args, args, captions):
     """The network and processor of a checkpoint, or new ones with a tokenizer trained on the captions."""
     contrastive_dim = model_args.contrastive_dim if args.contrastive_weight else 0
+    logger.info("The network starts from %s.", model_args.model_name_or_path or "random weights")
     if model_args.model_name_or_path:
         kept = None if not args.do_train else contrastive_dim  # a checkpoint that is only evaluated is not changed
-        sizes = {"contrastive_dim": kept, "first_joint_layer": model_args.first_joint_layer}
+        sizes = {"contrastive_dim": kept, "first_joint_layer": model_args.first_joint_layer,
+                 "enhancement_layers": model_args.enhancement_layers}  # fmt: skip
         return load_any_checkpoint(model_args.model_name_or_path, fit=model_args.fit, **sizes)
     tokenizer = learn_tokenizer(caption for of_image in captions for caption in of_image)
     network = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | NETWORKS[model_args.network]

@@ -43,6 +43,7 @@ WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.
 CLEANED = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json",
            "test_results.json", "two_stage.json")  # fmt: skip
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+GITHUB_FILE = re.compile(r"https://github\.com(/[\w.-]+)+", re.ASCII)
 KNOWN_DATASETS = ("rsicd", "rsitmd", "ucm", "sydney", "nwpu", "scenes", "twins")
 LAST_PUSH = ".pushed.json"  # repository -> the commit that a folder was pushed as
 MARK = re.compile(r"\n<!-- Written by ieft, (\w{64})\. Without this line the card is kept as it is\. -->\n$")
@@ -56,7 +57,8 @@ def write_model_card(folder, results=None, *, repo_id=None, base_model=None, tra
         results: what `test_results.json` holds: recalls in percent, `num_images`, `num_captions`, `protocol`,
             `dataset`.
         repo_id: name on the Hub, for the title and the example; left out, the folder's name.
-        base_model: Hub id of the checkpoint that training started from; a path of this machine is left out.
+        base_model: Hub id of the checkpoint that training started from, or URL of a file on github.com; paths of this
+            machine and other addresses are left out.
         training_arguments: name -> value, shown as a table.
 
     Returns:
@@ -93,6 +95,7 @@ def render_model_card(
 ):
     """The text of a model card with its metadata; arguments as `write_model_card`."""
     measured = {name: value for name, value in (results or {}).items() if _is_measured(value)}
+    on_github = base_model if GITHUB_FILE.fullmatch(str(base_model)) else None
     base_model = base_model if is_hub_id(base_model) else None
     dataset = name_dataset(measured.get("dataset"))
     eval_results = _eval_results(measured, dataset)
@@ -112,6 +115,8 @@ def render_model_card(
         template_path=str(TEMPLATE),
         title=title,
         repo_id=repo_id,
+        base_model=base_model or (on_github and on_github.rpartition("/")[2]),
+        base_address=on_github or f"https://huggingface.co/{base_model}",
         rows=_table_rows(measured),
         num_images=measured.get("num_images"),
         num_captions=measured.get("num_captions"),

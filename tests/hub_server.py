@@ -31,6 +31,11 @@ class Hub:
             self.commit(name, {".gitattributes": b""})
         return name
 
+    def put(self, name, files):
+        """A repository with these files; its name may have no user, as those of the oldest models."""
+        self.commits[name] = []
+        self.commit(name, files)
+
     def commit(self, name, files, deleted=()):
         everything = (self.files(name) if self.commits[name] else {}) | files
         everything = {path: content for path, content in everything.items() if path not in deleted}
@@ -203,7 +208,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 KIND = r"(?:models|datasets)"
-NAME = r"(?P<name>[^/]+/[^/]+?)"
+NAME = r"(?P<name>(?:[^/]+/)?[^/]+?)"
 ROUTES = [
     ("GET", r"/api/whoami-v2", Handler.whoami),
     ("POST", r"/api/repos/create", Handler.create),

@@ -5,16 +5,28 @@ import os
 import pickle
 import subprocess
 import sys
+import types
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
+from file_server import running_files
 from golden_recipe import GOLDEN_FOLDER, is_unused, load_golden, make_inputs, make_published_state_dict, make_tensor
+from huggingface_hub import constants
 from test_modeling import tiny_config, tiny_inputs
 from transformers import BertTokenizer, ViltConfig, ViltForImageAndTextRetrieval, ViltForMaskedLM, ViltModel
 
 import convert_checkpoint
 from configuration_ieft import IeftConfig
-from convert_checkpoint import interpolate_positions, load_any_checkpoint, load_processor, main, save_whole
+from convert_checkpoint import (
+    VILT_RELEASE,
+    interpolate_positions,
+    load_any_checkpoint,
+    load_processor,
+    main,
+    save_whole,
+)
 from modeling_ieft import IeftForImageTextRetrieval
 from processing_ieft import IeftProcessor
 
@@ -50,7 +62,14 @@ def tiny_published(with_stages=True, **more):
 
 
 def save_lightning(state_dict, path):
-    torch.save({"epoch": 3, "global_step": 70, "state_dict": state_dict, "hyper_parameters": {"lr": 1e-4}}, path)
+    """A file as PyTorch Lightning 1 writes it: the states of callbacks are kept under their classes."""
+    place = "pytorch_lightning.callbacks.model_checkpoint"
+    callback = type("ModelCheckpoint", (), {"__module__": place})
+    content = {"epoch": 3, "global_step": 70, "state_dict": state_dict, "hyper_parameters": {"lr": np.float64(1e-4)},
+               "callbacks": {callback: {"best_model_score": torch.tensor(1.0)}}}  # fmt: skip
+    modules = {place.rsplit(".", end)[0]: types.ModuleType("") for end in (2, 1)}
+    with patch.dict(sys.modules, modules | {place: types.SimpleNamespace(ModelCheckpoint=callback)}):
+        torch.save(content, path)
     return path
 
 
@@ -106,6 +125,30 @@ def test_an_original_vilt_checkpoint_starts_the_ranking_head_as_its_match_row(tm
     assert len(model.vilt.encoder.enhancement) == 3
     assert "Newly initialized, to be trained: vilt.encoder.enhancement.0, vilt.encoder.enhancement.1" in caplog.text
     assert "96 tensors left out: blocks beyond those that are used" in caplog.text  # 6 blocks of 16 tensors
+
+
+def test_a_checkpoint_without_a_head_that_matches_says_what_the_published_one_starts_from(tmp_path, caplog):
+    """As the Hub's dandelin/vilt-b32-mlm."""
+    make_vilt(tmp_path / "mlm", ViltForMaskedLM)
+    load_any_checkpoint(tmp_path / "mlm")
+    assert "ranking head starts from random weights" in caplog.text and VILT_RELEASE in caplog.text
+    caplog.clear()
+    make_vilt(tmp_path / "irtr", ViltForImageAndTextRetrieval)
+    load_any_checkpoint(tmp_path / "irtr")
+    assert "random weights" not in caplog.text
+
+
+def test_a_file_is_converted_from_its_url(tmp_path, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    content = save_lightning(tiny_published(), tmp_path / "ieft.ckpt").read_bytes()
+    with running_files({"/ieft.ckpt": content, "/half.ckpt": content[: len(content) // 2]}) as server:
+        main([f"{server.address}/ieft.ckpt", str(tmp_path / "out"), "--tokenizer", tokenizer])
+        assert (tmp_path / "out" / "model.safetensors").is_file()
+        with pytest.raises(SystemExit):
+            main([f"{server.address}/half.ckpt", str(tmp_path / "half"), "--tokenizer", tokenizer])
+    printed = capsys.readouterr().err
+    assert "was not read" in printed and f"downloaded from {server.address}/half.ckpt. Delete it" in printed
+    assert str(tmp_path / "assets") in printed
 
 
 def test_a_bare_state_dict_and_a_tokenizer_beside_the_file_will_do(tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 
 import run_retrieval
 from configuration_ieft import IeftConfig
+from convert_checkpoint import VILT_RELEASE
 from ieft.data.invalid_examples import BadRowsError
 from ieft.hub import LAST_PUSH
 from ieft.training.output_folder import OutputFolder
@@ -236,6 +237,24 @@ def test_presets_follow_dataset_and_network_and_yield_to_the_user(tmp_path):
     assert (data_args.dataset_name, model_args.network, args.max_steps) == ("ucm", "tiny", 7)
 
 
+@pytest.mark.parametrize(
+    "arguments, start",
+    [
+        (["--dataset_name", "rsicd"], VILT_RELEASE),
+        (["--dataset_name", "MyImages", "--network", "base", "--enhancement_layers", "1"], VILT_RELEASE),
+        (["--network", "base"], VILT_RELEASE),
+        (["--dataset_name", "ucm", "--from_scratch"], None),
+        (["--dataset_name", "ucm", "--network", "tiny"], None),
+        ([], None),
+        (["--dataset_name", "ucm", "--do_predict"], None),
+        (["--dataset_name", "ucm", "--model_name_or_path", "a/b"], "a/b"),
+    ],
+)
+def test_a_full_size_network_starts_as_the_published_one_unless_from_scratch(arguments, start):
+    model_args, _, _ = run_retrieval.parse_arguments(["--use_cpu", *arguments])
+    assert model_args.model_name_or_path == start
+
+
 @pytest.mark.parametrize("name, epochs, batch", [("rsicd", 50, 256), ("rsitmd", 50, 256), ("ucm", 100, 256)])
 def test_published_epochs_and_batches(name, epochs, batch):
     _, _, args = run_retrieval.parse_arguments(["--dataset_name", name, "--use_cpu"])
@@ -379,6 +398,8 @@ def test_a_misspelt_option_or_choice_is_refused_by_the_parser(capsys, arguments,
         (["--dataset_name", "twins", "--bands", "1"], "--bands has no effect on synthetic scenes"),
         (["--model_name_or_path", "x", "--network", "tiny"], "starts from a checkpoint"),
         (["--model_name_or_path", "x", "--enhancement_layers", "1"], "starts from a checkpoint"),
+        (["--model_name_or_path", "x", "--from_scratch"], "starts from a checkpoint"),
+        (["--do_predict", "--from_scratch"], "--from_scratch has no effect"),
         (["--contrastive_weight", "0", "--contrastive_dim", "8"], "--contrastive_dim has no effect"),
         (["--rerank_top_k", "0"], "--rerank_top_k must be 1 or more"),
         (["--max_train_samples", "-1"], "--max_train_samples must be 1 or more"),

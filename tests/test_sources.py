@@ -396,6 +396,19 @@ def test_a_dataset_that_the_hub_does_not_give_is_one_clear_error(monkeypatch):
         load_retrieval_dataset("someone/nothing-of-this-name", streaming=True)
 
 
+@pytest.mark.parametrize("name", ["rsitmd", "ucm", "sydney", "nwpu"])
+def test_a_benchmark_without_its_folder_is_told_where_it_is_and_in_which_layout(name):
+    with pytest.raises(ValueError, match=rf"{name} has to be downloaded.*https://github.*json beside.*user/name"):
+        load_retrieval_dataset(name)
+
+
+def test_rsicd_without_the_hub_is_told_where_else_it_is(monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="arampacha/rsicd.*cannot be loaded from the Hub.*rsicd is also.*--data_dir"):
+        load_retrieval_dataset("rsicd", cache_dir=tmp_path)
+
+
 def test_a_file_that_a_table_names_in_two_splits_is_not_merged_but_named(tmp_path):
     path = write_csv(tmp_path / "data")
     with path.open("a") as file:
