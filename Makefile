@@ -13,7 +13,8 @@ help:  ## Show what can be made
 
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --upgrade pip  # older ones take minutes to find the versions
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 demo: $(INSTALLED)  ## Train IEFT on synthetic scenes, rank the test split, draw the result (a few minutes on a CPU)
@@ -25,17 +26,17 @@ app: $(INSTALLED)  ## Search synthetic scenes on a page, http://127.0.0.1:7860, 
 	$(BIN)/python app.py --model outputs/demo --index outputs/scenes.lance --archive outputs/scenes --draw_scenes 400
 
 test: $(INSTALLED)  ## Run the tests, without network
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-lint: $(INSTALLED)  ## Check the style
+lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 lowest:  ## Try the lowest versions that setup.cfg declares, in an environment of their own (3 GB, minutes)
 	$(PYTHON) -m venv $(LOWEST)
-	$(PYTHON) tests/lowest_versions.py > $(LOWEST)/constraints.txt
-	$(LOWEST)/bin/pip install --quiet --upgrade pip  # older ones take minutes to find the versions
-	$(LOWEST)/bin/pip install --quiet --no-compile --constraint $(LOWEST)/constraints.txt --editable '.[search,geo]'
+	$(PYTHON) tests/lowest_versions.py > $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/pip install --quiet --upgrade pip
+	$(LOWEST)/bin/pip install --quiet --no-compile --requirement $(LOWEST)/requirements.txt
 	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python tests/lowest_versions.py --check
 
 bench: $(INSTALLED)  ## Measure how fast images are ranked, and a training step

@@ -1,6 +1,6 @@
-"""The lowest versions that setup.cfg declares, as constraints for pip; and, run with them, whether the project works.
+"""The lowest versions that setup.cfg declares, as requirements for pip; and, run with them, whether the project works.
 
-python tests/lowest_versions.py > lowest.txt && pip install -e '.[search,geo]' -c lowest.txt
+python tests/lowest_versions.py > lowest.txt && pip install -r lowest.txt
 python tests/lowest_versions.py --check
 """
 

@@ -29,8 +29,11 @@ RESULTS = {
 LOAD_AND_SCORE = """
 import json, sys
 from transformers import pipeline
-retrieval = pipeline("image-text-retrieval", model=sys.argv[1], trust_remote_code=True)
-print(json.dumps([hit["score"] for hit in retrieval(sys.argv[2], sys.argv[3:])]))
+scores = []
+for name in sys.argv[1].split(","):
+    retrieval = pipeline("image-text-retrieval", model=name, trust_remote_code=True)
+    scores.append([hit["score"] for hit in retrieval(sys.argv[2], sys.argv[3:])])
+print(json.dumps(scores))
 """
 PUSH_FOLDER = """
 import sys
@@ -65,42 +68,52 @@ def saved(tmp_path_factory):
     return folder, image, [hit["score"] for hit in ranked]
 
 
-def run_elsewhere(script, *arguments, folder, address, with_project):
-    """Run a script in its own process with an empty folder, an empty cache and this Hub; what it printed."""
+def command_elsewhere(script, *arguments, folder, address, with_project):
+    """How to run a script in its own process with an empty folder, an empty cache and this Hub."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     environment |= {"HF_ENDPOINT": address, "HF_TOKEN": "anything", "HF_HOME": str(folder / "cache")}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     if with_project:
         environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
+    args = [sys.executable, "-c", script, *map(str, arguments)]
+    return {"args": args, "text": True, "cwd": folder, "env": environment}
+
+
+def run_elsewhere(*arguments, **places):
+    """The last line that it printed."""
+    done = subprocess.run(**command_elsewhere(*arguments, **places), capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    "script, with_project", [(PUSH_FOLDER, True), (PUSH_MODEL, False)], ids=["push_folder", "model.push_to_hub"]
-)
-def test_what_is_pushed_loads_elsewhere_with_the_same_scores(saved, tmp_path, script, with_project):
+def test_what_is_pushed_loads_elsewhere_with_the_same_scores(saved, tmp_path):
+    """Pushed by `push_folder`, and by a model's own method where this project is not installed."""
     folder, image, scores = saved
-    (tmp_path / "push").mkdir()
-    (tmp_path / "load").mkdir()
+    scripts = {"someone/by-folder": PUSH_FOLDER, "someone/by-model": PUSH_MODEL}
+    for place in ("load", *scripts):
+        (tmp_path / place).mkdir(parents=True)
     with running_hub() as (address, hub):
-        name = "someone/ieft-rsicd"
-        url = run_elsewhere(script, folder, name, folder=tmp_path / "push", address=address, with_project=with_project)
-        assert url.startswith(f"{address}/{name}/commit/")
-        assert len(hub.commits[name]) == 2  # made, then everything at once
+        for name, script in scripts.items():
+            with_project = script == PUSH_FOLDER
+            url = run_elsewhere(
+                script, folder, name, folder=tmp_path / name, address=address, with_project=with_project
+            )
+            assert url.startswith(f"{address}/{name}/commit/")
+            assert len(hub.commits[name]) == 2  # made, then everything at once
         printed = run_elsewhere(
-            LOAD_AND_SCORE, name, image, *CAPTIONS, folder=tmp_path / "load", address=address, with_project=False
-        )
-        files = hub.files(name)
-    assert json.loads(printed) == pytest.approx(scores, abs=1e-6)
+            LOAD_AND_SCORE, ",".join(scripts), image, *CAPTIONS, folder=tmp_path / "load", address=address,
+            with_project=False,
+        )  # fmt: skip
+        pushed = {name: hub.files(name) for name in scripts}
     code = {f"{part}_ieft.py" for part in ("configuration", "layers", "modeling", "pipeline", "processing", "ranking")}
-    assert code | {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json"} <= set(files)
-    assert not {path for path in files if path.startswith("checkpoint-") or path.endswith(".bin")}
-    card = ModelCard(files["README.md"].decode())
-    assert card.data.eval_results[0].metric_value == 12.5
-    assert ("test_results.json" in files) == with_project
+    for name, loaded in zip(scripts, json.loads(printed), strict=True):
+        files = pushed[name]
+        assert loaded == pytest.approx(scores, abs=1e-6)
+        assert code | {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json"} <= set(files)
+        assert not {path for path in files if path.startswith("checkpoint-") or path.endswith(".bin")}
+        card = ModelCard(files["README.md"].decode())
+        assert card.data.eval_results[0].metric_value == 12.5
+        assert ("test_results.json" in files) == (scripts[name] == PUSH_FOLDER)
 
 
 def test_a_folder_that_is_not_whole_is_not_pushed(tmp_path):
@@ -196,10 +209,11 @@ def test_a_card_edited_by_hand_stays(saved, tmp_path, capsys):
 PUSH_AGAIN = """
 import sys
 from ieft.hub import push_folder
-try:
-    print(push_folder(sys.argv[1], sys.argv[2], overwrite=sys.argv[3] == "yes"))
-except ValueError as error:
-    print("refused:", error)
+for overwrite in sys.stdin:
+    try:
+        print(push_folder(sys.argv[1], sys.argv[2], overwrite=overwrite == "yes\\n"), flush=True)
+    except ValueError as error:
+        print("refused:", " ".join(str(error).split()), flush=True)
 """
 
 
@@ -215,17 +229,22 @@ def test_a_push_replaces_its_own_commit_alone_and_holds_no_names_of_the_users(sa
     name = "someone/ieft-again"
 
     def push(overwrite="no"):
-        return run_elsewhere(PUSH_AGAIN, folder, name, overwrite, folder=tmp_path, address=address, with_project=True)
+        pusher.stdin.write(f"{overwrite}\n")
+        pusher.stdin.flush()
+        return pusher.stdout.readline()
 
     with running_hub() as (address, hub):
-        assert push().startswith(address)
-        assert push().startswith(address)  # the same run goes on
-        files = hub.files(name)
-        hub.commit(name, {"README.md": b"edited on the Hub"})
-        refusal = push()
-        assert "refused:" in refusal and "overwrite=True" in refusal
-        assert hub.files(name)["README.md"] == b"edited on the Hub"
-        assert push("yes").startswith(address)
+        command = command_elsewhere(PUSH_AGAIN, folder, name, folder=tmp_path, address=address, with_project=True)
+        with subprocess.Popen(**command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as pusher:
+            assert push().startswith(address)
+            assert push().startswith(address)  # the same run goes on
+            files = hub.files(name)
+            hub.commit(name, {"README.md": b"edited on the Hub"})
+            refusal = push()
+            assert "refused:" in refusal and "overwrite=True" in refusal
+            assert hub.files(name)["README.md"] == b"edited on the Hub"
+            assert push("yes").startswith(address)
+            pusher.stdin.close()
     assert not {"bad_rows.json", "bad_batch_3.json", "notes.json", "model_of_mine.safetensors", "my_ieft.py"} & {
         *files
     }
