@@ -14,7 +14,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import BertTokenizer
 
-from ieft.training.items import EvaluationSet, SplitImages, TrainingItems, learn_tokenizer, randomly_augmented, turn
+from ieft.training.items import (
+    EvaluationSet,
+    SplitImages,
+    TrainingItems,
+    learn_tokenizer,
+    randomly_augmented,
+    randomly_cropped,
+    turn,
+)
 from processing_ieft import IeftImageProcessor, IeftProcessor
 
 ROOT = Path(__file__).parent.parent
@@ -138,7 +146,7 @@ def test_matches_cross_images_that_share_a_sentence(split, processor):
     assert batch["is_match"][:, columns].tolist() == [[True, True, False], [True, True, False], [False, False, True]]
 
 
-@pytest.mark.parametrize("augmentation", ["randaugment", "turns"])
+@pytest.mark.parametrize("augmentation", ["randaugment", "turns", "crops"])
 def test_draws_hang_on_seed_epoch_and_item_alone(split, processor, augmentation):
     first, second = (items_of(split, processor, augmentation=augmentation, seed=3) for _ in range(2))
     first.set_epoch(2)
@@ -176,6 +184,32 @@ def test_randaugment_leaves_the_global_generators_alone():
 def test_the_eight_turns_are_all_different():
     square = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
     assert len({turn(square, which).tobytes() for which in range(8)}) == 8
+
+
+def test_a_crop_of_everything_is_a_turn(monkeypatch):
+    monkeypatch.setattr("ieft.training.items.MIN_CROP_AREA", 1.0)
+    monkeypatch.setattr("ieft.training.items.MAX_COLOUR_CHANGE", 0.0)
+    square = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    views = {randomly_cropped(square, np.random.default_rng(seed)).tobytes() for seed in range(100)}
+    assert views == {turn(square, which).tobytes() for which in range(8)}
+
+
+def test_crops_have_at_least_half_of_the_area(monkeypatch):
+    monkeypatch.setattr("ieft.training.items.MAX_COLOUR_CHANGE", 0.0)
+    across, down = np.meshgrid(np.linspace(0, 255, 64), np.linspace(0, 255, 64))
+    square = np.stack([across, down, np.zeros((64, 64))], axis=2).astype(np.uint8)
+    areas = []
+    for seed in range(200):
+        view = randomly_cropped(square, np.random.default_rng(seed)).astype(int)
+        areas.append(np.prod([np.ptp(view[..., channel]) / 255 for channel in (0, 1)]))
+    assert 0.45 < min(areas) < 0.6 and 0.9 < max(areas) <= 1.0
+
+
+def test_colours_change_by_no_more_than_stated():
+    square = np.full((8, 8, 3), (100, 130, 150), dtype=np.uint8)
+    means = [randomly_cropped(square, np.random.default_rng(seed)).mean() for seed in range(200)]
+    assert np.std(means) > 5
+    assert 0.7 * 100 * 0.9 < min(means) and max(means) < 1.3 * 160
 
 
 def test_evaluation_set_keeps_repeated_sentences_once_per_image(split, processor):

@@ -112,26 +112,28 @@ def recall_table(results):
 def two_stage_table(judged):
     """Two-stage retrieval as text, under 80 columns.
 
+    Recalls at k are strict; the mean recall is given strict and duplicate-aware.
+
     Args:
         judged: as `ieft.evaluation.two_stage.compare_stages` gives it, with `rerank_top_k` and the recalls of the
-        `exhaustive`
-            matrix.
+            `exhaustive` matrix.
     """
     fused = f"fused, weight {judged['similarity_weight']:g}"
     rows = {"shortlist": "shortlist", "re-ranked": "re_ranked", fused: "fused", "exhaustive": "exhaustive"}
     lines = [
         f"two stages, {judged['rerank_top_k']} candidates by embedding, re-ranked by the network", "",
-        f"{'':20}{'text to image':>21}{'image to text':>24}{'mean':>12}",
-        f"{'':20}" + "    R@1    R@5   R@10" + "       R@1    R@5   R@10" + f"{'recall':>12}",
+        f"{'':18}{'text to image':>20}{'image to text':>21}{'mean recall':>20}",
+        f"{'':18}" + "    R@1   R@5  R@10" + "     R@1   R@5  R@10" + f"{'strict':>9}{'dup.-aware':>12}",
     ]  # fmt: skip
     for title, name in rows.items():
         recalls = judged[name]
-        cells = ["".join(f"{recalls[f'{way}_r{k}']:7.1f}" for k in (1, 5, 10)) for way in ("ir", "tr")]
-        lines.append(f"{title:20}{cells[0]}   {cells[1]}{recalls['mean_recall']:12.1f}")
+        cells = ["".join(f"{recalls[f'{way}_r{k}']:6.1f}" for k in (1, 5, 10)) for way in ("ir", "tr")]
+        means = f"{recalls['mean_recall']:9.1f}{recalls['dedup_mean_recall']:12.1f}"
+        lines.append(f"{title:19}{cells[0]}  {cells[1]}{means}")
     fewer = judged["pairs_exhaustive"] / judged["pairs"]
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in judged["seconds"].items())
     lines += [
-        f"{'shortlist ceiling':20}{judged['ceiling_ir']:21.1f}{judged['ceiling_tr']:24.1f}",
+        f"{'shortlist ceiling':19}{judged['ceiling_ir']:18.1f}{judged['ceiling_tr']:20.1f}",
         f"{judged['pairs']:,} of {judged['pairs_exhaustive']:,} pairs scored, {fewer:.1f} times fewer; {seconds}",
     ]
     return "\n".join(lines)

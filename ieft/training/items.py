@@ -20,8 +20,11 @@ from ieft.evaluation.metrics import keep_unique_captions
 from processing_ieft import to_rgb
 
 MAX_CACHED_BYTES = 256 * 2**20  # resized images of collections up to this size are cached in memory
-AUGMENTATIONS = ("randaugment", "turns", "none")
+AUGMENTATIONS = ("randaugment", "turns", "crops", "none")
 NEGATIVES = ("distinct", "uniform")
+MIN_CROP_AREA = 0.5  # of the image
+MAX_COLOUR_CHANGE = 0.3  # of brightness, contrast and saturation
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class SplitImages(Dataset):
@@ -115,7 +118,8 @@ class TrainingItems(Dataset):
         negatives: "distinct" never draws a sentence that the image itself carries; "uniform", as published, draws
             from all other captions and therefore sometimes a matching one.
         augmentation: "randaugment" (two operations of magnitude 9, as published), "turns" (a random flip or quarter
-            turn of the dihedral group, for images without a preferred orientation), or "none".
+            turn of the dihedral group, for images without a preferred orientation), "crops" (the same, with a random
+            crop, brightness, contrast and saturation: for training from scratch on few images), or "none".
 
     Raises:
         ValueError: if some image has fewer than `num_negatives` captions to draw from.
@@ -206,6 +210,8 @@ class TrainingItems(Dataset):
             return self.images[image]
         if self.augmentation == "turns":
             square = turn(self.images.square(image), int(generator.integers(8)))
+        elif self.augmentation == "crops":
+            square = randomly_cropped(self.images.square(image), generator)
         else:
             square = self.images.image_processor.fit_square(
                 randomly_augmented(self.images.picture(image), int(generator.integers(2**32)))
@@ -241,6 +247,23 @@ def turn(square, which):
     """Flip or quarter turn of a (S, S, 3) array: element `which` (0 to 7) of the dihedral group of the square."""
     turned = np.rot90(square, which % 4)
     return np.ascontiguousarray(turned[:, ::-1] if which >= 4 else turned)
+
+
+def randomly_cropped(square, generator):
+    """A random crop of a (S, S, 3) array scaled to S again, flipped or turned, with other brightness, contrast and
+    saturation. The crop has half to all of the area, and the three colour factors are within 0.3 of 1."""
+    size = len(square)
+    side = size * float(np.sqrt(generator.uniform(MIN_CROP_AREA, 1.0)))
+    left, top = generator.uniform(0, size - side, 2)
+    image = Image.fromarray(square)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    which = int(generator.integers(8))
+    if which:
+        image = image.transpose(Image.Transpose(which - 1))  # the other seven elements of the dihedral group
+    brightness, contrast, saturation = generator.uniform(1 - MAX_COLOUR_CHANGE, 1 + MAX_COLOUR_CHANGE, 3)
+    colours = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * np.array(LUMINANCE))
+    offset = np.full((3, 1), 127.5 * (1 - contrast))  # contrast keeps the middle grey
+    return np.asarray(image.convert("RGB", tuple(np.hstack([colours, offset]).ravel().tolist())))
 
 
 def randomly_augmented(image, seed):
