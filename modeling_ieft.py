@@ -261,12 +261,15 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
 
     def forward(
         self, input_ids=None, attention_mask=None, token_type_ids=None, pixel_values=None, pixel_mask=None,
-        inputs_embeds=None, image_embeds=None, *, labels=None, output_features=False,
-        output_attentions=None, output_hidden_states=None, return_dict=None, **pairing,
+        inputs_embeds=None, image_embeds=None, *, pair_images=None, pair_captions=None, labels=None,
+        output_features=False, output_attentions=None, output_hidden_states=None, return_dict=None, **kwargs,
     ):  # fmt: skip
         """Matching scores; arguments and errors as `IeftModel.forward`.
 
         Args:
+            pair_captions: also (G, M) rows of captions to read with each of G images, those of `pair_images` or all,
+                or (1, M) for the same captions with each: G*M pairs, image by image. Where the last block alone reads
+                captions and images together, image tokens are then read once for each group and not copied.
             labels: (B,) or (B, 1) targets, one for each pair. By default they lie between 0 (no match) and 1 (match),
                 and the loss is the binary cross-entropy of the logits, as in sentence-transformers' cross-encoders.
                 With `config.problem_type="regression"` they are any numbers and the loss is the mean squared error.
@@ -280,28 +283,45 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
             image_embeds, pixel_values = self.vilt.embed_images(pixel_values), None
         keep_all = output_hidden_states or output_attentions
         keep_all = keep_all or self.config.output_hidden_states or self.config.output_attentions
-        outputs = self.vilt(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            pixel_values,
-            pixel_mask,
-            inputs_embeds,
-            image_embeds,
-            num_queries=None if keep_all else 1,  # the score reads text token 0 alone
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            **pairing,
-        )
+        captions = (input_ids, attention_mask, token_type_ids, inputs_embeds)
+        in_groups = pair_captions is not None and pair_captions.dim() == 2
+        if in_groups and len(pair_captions) not in (1, len(image_embeds if pair_images is None else pair_images)):
+            raise ValueError(
+                f"One row of captions for each image expected, or one for all; got pair_captions of shape "
+                f"{tuple(pair_captions.shape)} for {len(image_embeds if pair_images is None else pair_images)} images."
+            )
+        if in_groups and self._can_score_groups and not keep_all and pixel_mask is None and not kwargs:
+            outputs = IeftModelOutput(image_states=self._image_states(image_embeds=image_embeds))
+            outputs.text_states = self._text_states(*captions)
+            prepared = self.prepare_captions(attention_mask=attention_mask, text_states=outputs.text_states)
+            images = self.prepare_images(image_states=outputs.image_states)
+            images = images if pair_images is None else images.take(pair_images)
+            logits = self.score_groups(prepared.take(pair_captions), images).reshape(-1, 1)  # (G*M, 1)
+        else:
+            if in_groups:
+                pair_images, pair_captions = pair_groups(pair_images, pair_captions, len(image_embeds))
+            outputs = self.vilt(
+                input_ids,
+                attention_mask,
+                token_type_ids,
+                pixel_values,
+                pixel_mask,
+                inputs_embeds,
+                image_embeds,
+                pair_images=pair_images,
+                pair_captions=pair_captions,
+                num_queries=None if keep_all else 1,  # the score reads text token 0 alone
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                return_dict=True,
+                **kwargs,
+            )
+            logits = self.rank_output(outputs.pooler_output)  # (B, 1)
         image_features = text_features = similarity_scale = None
         if output_features:
             image_features = self.get_image_features(image_embeds=image_embeds, image_states=outputs.image_states)
-            text_features = self.get_text_features(
-                input_ids, attention_mask, token_type_ids, inputs_embeds, text_states=outputs.text_states
-            )
+            text_features = self.get_text_features(*captions, text_states=outputs.text_states)
             similarity_scale = self.similarity_scale()
-        logits = self.rank_output(outputs.pooler_output)  # (B, 1)
         output = IeftRetrievalOutput(
             loss=None if labels is None else self._loss(logits, labels),
             logits=logits,
@@ -381,12 +401,27 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
                 "with --contrastive_weight above 0."
             )
 
+    @property
+    def _can_score_groups(self):
+        """Whether `score_groups` computes what the blocks would: it has no dropout of attention probabilities."""
+        return self.config.joins_last and not (self.training and self.config.attention_probs_dropout_prob)
+
     def read_images(self, pixel_values):
         """(I, 3, image_size, image_size) -> the states (I, 1+P, D) that enter the first joint block.
 
         All that scoring needs to know of an image; with `first_joint_layer` above 0 its embedding is in it too.
         """
-        return self.vilt.read_alone(self.vilt.embeddings.mark_images(self.vilt.embed_images(pixel_values)))[0]
+        return self._image_states(pixel_values)
+
+    def _image_states(self, pixel_values=None, image_embeds=None):
+        return self.vilt.read_alone(
+            self.vilt.embeddings.mark_images(self.vilt.embed_images(pixel_values, image_embeds))
+        )[0]
+
+    def _text_states(self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None):
+        """(C, L, D) as they enter the first joint block."""
+        text = self.vilt.embed_captions(input_ids, token_type_ids, inputs_embeds)
+        return self.vilt.read_alone(self.vilt.embeddings.mark_captions(text), attention_mask, has_image=False)[0]
 
     def prepare_images(self, pixel_values=None, *, image_states=None):
         """The image side of scoring, once per image, from pixels or from what `read_images` gave: `Prepared`."""
@@ -398,10 +433,9 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
         key, value = (attention.split_heads(each(normed)).contiguous() for each in (attention.key, attention.value))
         return Prepared(key=key, value=value)
 
-    def prepare_captions(self, input_ids, attention_mask=None):
+    def prepare_captions(self, input_ids=None, attention_mask=None, *, text_states=None):
         """The caption side of scoring, once per caption: (C, L), with a mask where some are padded -> `Prepared`."""
-        text = self.vilt.embeddings.mark_captions(self.vilt.embed_captions(input_ids))
-        states, _, _ = self.vilt.read_alone(text, attention_mask, has_image=False)
+        states = self._text_states(input_ids, attention_mask) if text_states is None else text_states
         layer = self.vilt.encoder.layer[self.config.first_joint_layer]
         if not self.config.joins_last:
             return Prepared(states, *layer.project(states), attention_mask)
@@ -460,6 +494,14 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
         hidden = layer.finish(captions.hidden, context.transpose(1, 2).flatten(2))  # (I, M, D)
         first = self.vilt.layernorm(hidden).flatten(0, 1)[:, None]  # (I*M, 1, D)
         return self.rank_output(self.vilt.pooler(first)).view(hidden.shape[:2])
+
+
+def pair_groups(pair_images, pair_captions, num_images):
+    """Rows of G images, or None for all, and (G, M) or (1, M) rows of captions -> rows of both (G*M,)."""
+    if pair_images is None:
+        pair_images = torch.arange(num_images, device=pair_captions.device)
+    num_captions = pair_captions.shape[1]
+    return pair_images.repeat_interleave(num_captions), pair_captions.expand(len(pair_images), -1).flatten()
 
 
 IeftModel.register_for_auto_class("AutoModel")

@@ -99,6 +99,32 @@ def test_any_pairing_equals_row_by_row(join):
     torch.testing.assert_close(paired.attentions[0], rows.attentions[0])
 
 
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("captions", [[[0, 2], [1, 1], [2, 0]], [[2, 0]]])
+@pytest.mark.parametrize("images", [None, [2, 0, 0]])
+def test_groups_of_captions_equal_their_pairs(join, captions, images):
+    """Scores, features and gradients of images with groups of captions, against pairs given one by one."""
+    model, inputs = make_model(join), make_inputs()
+    captions = torch.tensor(captions)
+    images = images if images is None else torch.tensor(images)
+    pairs = (torch.arange(3) if images is None else images).repeat_interleave(2), captions.expand(3, 2).flatten()
+    results = []
+    for pair_images, pair_captions in ((images, captions), pairs):
+        model.zero_grad()
+        output = model(**inputs, pair_images=pair_images, pair_captions=pair_captions, output_features=True)
+        similarity = output.image_features @ output.text_features.T
+        (output.logits.flatten() @ torch.arange(6.0) + similarity.square().sum()).backward()
+        gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+        results.append((output.logits, output.image_features, output.text_features, gradients))
+    assert results[0][0].shape == (6, 1)
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
+def test_groups_that_do_not_fit_the_images_are_refused():
+    with pytest.raises(ValueError, match="One row of captions for each image expected"):
+        make_model(NUM_BLOCKS - 1)(**make_inputs(), pair_captions=torch.tensor([[0], [1]]))
+
+
 @torch.no_grad()
 def test_the_published_network_keeps_its_bits():
     """Fusion layer 0, as stored before there was a choice, and as computed block by block."""

@@ -24,6 +24,9 @@ CASES = {
     "mined groups": ({"contrastive_weight": 0.5}, 0.8),
     "one group": ({"contrastive_weight": 0.5, "groups_per_step": 1, "num_negatives": 1}, 0.8),
     "late fusion": ({"contrastive_weight": 0.5, "first_joint_layer": 1}, 0.8),
+    "late fusion, all pairs": (
+        {"contrastive_weight": 0.5, "first_joint_layer": 1, "num_negatives": 63, "groups_per_step": 1}, 0.8
+    ),
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from ieft.training.distillation import group_divergence, listwise_divergence
 from ieft.training.distributed import gather_rows, largest_over_processes, process_rank, sum_over_processes
+from modeling_ieft import pair_groups
 
 FEATURES = ("image_features", "text_features", "similarity_scale")  # outputs of the model for the contrastive loss
 
@@ -40,12 +41,8 @@ def candidate_calls(batch, micro_batch):
     for candidates, pixel_values in zip(
         batch["candidates"].split(micro_batch), batch["pixel_values"].split(micro_batch), strict=True
     ):
-        images = torch.arange(len(candidates), device=candidates.device)
-        yield {
-            "pixel_values": pixel_values,
-            "pair_images": images.repeat_interleave(candidates.shape[1]),
-            **_select_captions(batch["input_ids"], batch["attention_mask"], candidates.flatten()),
-        }
+        captions = _select_captions(batch["input_ids"], batch["attention_mask"], candidates)
+        yield {"pixel_values": pixel_values, **captions}
 
 
 def candidate_loss(scores, teacher_scores=None, *, distillation_weight=0.0):
@@ -57,15 +54,22 @@ def candidate_loss(scores, teacher_scores=None, *, distillation_weight=0.0):
 
 
 def _select_captions(input_ids, attention_mask, rows):
-    """The captions that occur in `rows`, each once, and where each of the rows is among them."""
+    """The captions that occur in `rows` (G, M), each once, and where each of the rows is among them."""
     captions, places = torch.unique(rows, return_inverse=True)
     return {
         "input_ids": input_ids[captions], "attention_mask": attention_mask[captions], "pair_captions": places
     }  # fmt: skip
 
 
-def call_model(model, call, names=("logits",)):
-    """The named outputs of a model, each with at least one dimension."""
+def call_model(model, call, names=("logits",), *, in_groups=True):
+    """The named outputs of a model, each with at least one dimension.
+
+    With `in_groups` False, pairs are given one by one: sharded weights are whole only within each block's `forward`,
+    which scoring an image with a group of captions goes around.
+    """
+    if not in_groups and call["pair_captions"].dim() == 2:
+        rows = pair_groups(call.get("pair_images"), call["pair_captions"], len(call["pixel_values"]))
+        call = call | dict(zip(("pair_images", "pair_captions"), rows, strict=True))
     outputs = model(**call)
     return {name: torch.atleast_1d(outputs[name]) for name in names}
 
@@ -134,11 +138,11 @@ class GroupedBatch:
             }, ("logits",)  # fmt: skip
 
     def _pairs(self, places):
-        """Images of this process and captions of all, (M*N,) each, for M places; a dummy image's for none."""
-        size = self.groups.shape[1]
+        """Rows of images of this process (M,) for M places, a dummy image's for none, and the captions to score with
+        each: (M, N), or (1, N) if they are the same for all."""
         places = places if len(places) else places.new_zeros(1)
-        images = self.images[places].clamp(0, len(self.pixel_values) - 1).repeat_interleave(size)
-        return images, self.groups[places // size].flatten()
+        images = self.images[places].clamp(0, len(self.pixel_values) - 1)
+        return images, self.groups if len(self.groups) == 1 else self.groups[places // self.groups.shape[1]]
 
     def contrastive_loss(self, image_features, text_features, similarity_scale):
         """The contrastive loss of all B rows, from the features of the own images (I, E) and of the own captions or of

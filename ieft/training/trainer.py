@@ -248,7 +248,9 @@ class IeftTrainer(Trainer):
         """The published loss by micro-batches: parts that sum to the mean over all images of this process."""
         num_images, num_candidates = inputs["candidates"].shape
         for call in candidate_calls(inputs, micro_batch):
-            scores = call_model(model, call)["logits"].float().view(-1, num_candidates)  # (micro-batch, N)
+            scores = (
+                call_model(model, call, in_groups=not self._is_sharded)["logits"].float().view(-1, num_candidates)
+            )  # (micro-batch, N)
             teacher_logits = self._teacher_logits([(call, ("logits",))])
             teacher_scores = None if teacher_logits is None else teacher_logits.view(scores.shape)
             loss = candidate_loss(scores, teacher_scores, distillation_weight=self.args.distillation_weight)
@@ -313,7 +315,7 @@ class IeftTrainer(Trainer):
         count = min(self.args.groups_per_step or max(1, num_items // size), num_items)
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
         order = torch.randperm(num_items, generator=generator).to(is_match.device)
-        if not mined:
+        if not mined or size == num_items:
             return order[torch.arange(count * size, device=order.device) % num_items].view(count, size)
         return self._mine_neighbours(tensors, is_match, anchors=order[:count], size=size)
 
@@ -406,7 +408,7 @@ class IeftTrainer(Trainer):
             for call in calls:
                 random_states.append(get_random_state(self.args.device))
                 with torch.set_grad_enabled(whole):
-                    outputs.append(call_model(model, *call))
+                    outputs.append(call_model(model, *call, in_groups=not self._is_sharded))
             teacher_logits = self._teacher_logits(calls)
         parts = {
             name: [each[name].detach().float() for each in outputs if name in each] for name in (*FEATURES, "logits")
@@ -419,7 +421,7 @@ class IeftTrainer(Trainer):
             for call, random_state, output in zip(calls, random_states, outputs, strict=True):
                 if not whole:
                     set_random_state(self.args.device, random_state)
-                    output = call_model(model, *call)
+                    output = call_model(model, *call, in_groups=not self._is_sharded)
                 carried = ((value.float() * next(gradients[name])).sum() for name, value in output.items())
                 self.accelerator.backward(sum(carried))
         return loss.detach()
