@@ -44,9 +44,23 @@ from processing_ieft import IeftImageProcessor, IeftProcessor
 
 logger = logging.getLogger("run_retrieval")
 
-# The published network, and one that learns synthetic scenes on a CPU in minutes.
+# The published network; one for photographs from scratch, by late fusion; one for synthetic scenes.
 NETWORKS = {
     "base": {},
+    "small": {
+        "image_size": 128,
+        "patch_size": 16,
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 512,
+        "enhancement_layers": [1, 2],
+        "enhancement_num_heads": 8,
+        "enhancement_mlp_ratio": 2,
+        "initializer_range": 0.05,
+        "hidden_dropout_prob": 0.0,
+        "first_joint_layer": 3,
+    },
     "tiny": {
         "image_size": 96,
         "patch_size": 24,
@@ -60,7 +74,7 @@ NETWORKS = {
         "hidden_dropout_prob": 0.0,
     },
 }
-# Defaults: the published recipe, and the differences for a tiny network.
+# Defaults: the published recipe, and the differences for the small networks.
 PUBLISHED_RECIPE = {
     "learning_rate": 1e-4,
     "adam_beta2": 0.98,
@@ -87,8 +101,25 @@ TINY_RECIPE = {
     "num_negatives": 10,
     "groups_per_step": 1,
 }
+SMALL_RECIPE = {
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.1,
+    "train_batch_size": 64,
+    "max_steps": 3000,
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "eval_steps": 500,
+    "save_steps": 500,
+    "augmentation": "crops",
+    "contrastive_weight": 0.2,
+    "ranking_start": 0.05,
+    "num_negatives": 63,
+    "groups_per_step": 1,
+}
+NETWORK_RECIPES = {"base": {}, "small": SMALL_RECIPE, "tiny": TINY_RECIPE}
+LARGEST_WIDTHS = {"tiny": 64, "small": 128}  # checkpoints up to these hidden sizes are trained with their recipes
 SYNTHETIC = ("scenes", "twins")
-TINY_WIDTH = 128  # checkpoints up to this hidden size are trained with the tiny recipe
 DATASET_RECIPES = {
     "sydney": {"train_batch_size": 512, "num_train_epochs": 100},
     "ucm": {"num_train_epochs": 100},
@@ -141,7 +172,8 @@ class ModelArguments:
     network: str = field(
         default="base",
         metadata={
-            "help": "base (the published network) or tiny (the default for synthetic scenes).",
+            "help": "base (the published network), small (for photographs, from scratch) or tiny (the default for "
+            "synthetic scenes).",
             "choices": list(NETWORKS),
         },
     )
@@ -223,7 +255,8 @@ class DataArguments:
     augmentation: str = field(
         default="randaugment",
         metadata={
-            "help": "randaugment, turns (flips and quarter turns, for images without an orientation) or none.",
+            "help": "randaugment, turns (flips and quarter turns, for images without an orientation), crops (the "
+            "same with random crops and colours) or none.",
             "choices": list(AUGMENTATIONS),
         },
     )
@@ -399,10 +432,9 @@ def choose_recipe(given):
     recipe = PUBLISHED_RECIPE | DATASET_RECIPES.get(dataset_name, {})
     recipe["output_dir"] = f"outputs/{Path(dataset_name).name}"
     recipe["network"] = "tiny" if dataset_name in SYNTHETIC and not given.get("model_name_or_path") else "base"
-    if given.get("network", recipe["network"]) == "tiny" or is_tiny(given.get("model_name_or_path")):
-        recipe |= TINY_RECIPE
-        if "num_train_epochs" in given:
-            del recipe["max_steps"]  # it would override the epochs
+    recipe |= NETWORK_RECIPES[given.get("network") or size_of(given.get("model_name_or_path")) or recipe["network"]]
+    if "num_train_epochs" in given:
+        recipe.pop("max_steps", None)  # it would override the epochs
     together = {name: given.get(name, recipe[name]) for name in ("eval_strategy", "save_strategy")}
     if together["eval_strategy"] == together["save_strategy"] != "no":
         recipe |= {"load_best_model_at_end": True, "metric_for_best_model": "mean_recall", "greater_is_better": True}
@@ -411,16 +443,16 @@ def choose_recipe(given):
     return recipe | {"remove_unused_columns": False}
 
 
-def is_tiny(source):
-    """Whether a checkpoint's network is small enough for the tiny recipe."""
+def size_of(source):
+    """The smallest of `LARGEST_WIDTHS` that a checkpoint's network is within, None for larger ones."""
     if source is None or os.path.isfile(source):
-        return False
+        return None
     try:
         settings, _ = PretrainedConfig.get_config_dict(source)
     except (OSError, ValueError):
-        return False  # loading it will report the error
+        return None  # loading it will report the error
     width = settings.get("hidden_size")
-    return isinstance(width, int) and width <= TINY_WIDTH
+    return next((size for size, most in LARGEST_WIDTHS.items() if isinstance(width, int) and width <= most), None)
 
 
 def deciding_options(model_args, data_args, args):
@@ -554,7 +586,8 @@ def load_model(model_args, args, captions):
     network = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | NETWORKS[model_args.network]
     if model_args.enhancement_layers is not None:
         network["enhancement_layers"] = model_args.enhancement_layers
-    network["first_joint_layer"] = model_args.first_joint_layer or 0
+    if model_args.first_joint_layer is not None:
+        network["first_joint_layer"] = model_args.first_joint_layer
     model = IeftForImageTextRetrieval(IeftConfig(**network, contrastive_dim=contrastive_dim))
     image_processor = IeftImageProcessor(model.config.image_size, model_args.fit or "crop")
     return model, IeftProcessor(image_processor, tokenizer)
