@@ -507,7 +507,8 @@ def open_index(args):
     archive = args.archive and Path(args.archive)
     if args.draw_scenes:
         draw_archive(archive, args.draw_scenes)
-    files = find_images(archive) if archive else []
+    unreadable = {}
+    files = find_images(archive, unreadable) if archive else []
     model = IeftForImageTextRetrieval.from_pretrained(args.model)
     index = ImageIndex(
         args.index,
@@ -520,7 +521,7 @@ def open_index(args):
         report = index.add(files, bands=parse_bands(args.bands))
         index.optimize()
         print(f"{report['added']:,} images added, {len(index):,} in {args.index}", flush=True)
-        for file, why in report["unreadable"].items():
+        for file, why in (unreadable | report["unreadable"]).items():
             print(f"not indexed: {file}: {why}", file=sys.stderr)
     return index
 

@@ -15,8 +15,9 @@ from rasterio.transform import Affine, from_origin  # noqa: E402
 from rasterio.warp import transform  # noqa: E402
 from test_one_reader import set_orientation  # noqa: E402
 
-from ieft.search.geography import SIDES, locate, parse_time, read_metadata, to_geojson  # noqa: E402
-from ieft.search.tiles import Scene, Window  # noqa: E402
+from ieft.search.archive_files import read_place_and_time  # noqa: E402
+from ieft.search.geography import SIDES, parse_time, read_metadata, to_geojson  # noqa: E402
+from ieft.search.tiles import Window  # noqa: E402
 
 WIDTH, HEIGHT = 60, 40
 
@@ -32,8 +33,7 @@ def write(file, crs, matrix, *, size=(WIDTH, HEIGHT), points=None, **tags):
 
 
 def place(file, window=None):
-    with Scene(file) as scene:
-        return locate(scene.dataset, window or Window(0, 0, scene.width, scene.height), file)
+    return next(read_place_and_time(file, [window] if window else ()))
 
 
 def check_geometry(found):
@@ -144,10 +144,8 @@ def test_a_scene_that_its_tag_turns_keeps_its_place(tmp_path):
     file = write(tmp_path / "a.tif", "EPSG:32632", from_origin(500000, 5400000, 10, 10))
     whole, left = place(file), place(file, Window(0, 0, 20, HEIGHT))
     set_orientation(file, 6)  # a quarter to the right: the upper edge shows what was at the left
-    with Scene(file) as scene:
-        assert (scene.width, scene.height) == (HEIGHT, WIDTH)
-        windows = [Window(0, 0, HEIGHT, WIDTH), Window(0, 0, HEIGHT, 20)]
-        assert [locate(scene.dataset, scene.as_stored(window), file) for window in windows] == [whole, left]
+    assert place(file) == whole
+    assert list(read_place_and_time(file, [Window(0, 0, HEIGHT, WIDTH), Window(0, 0, HEIGHT, 20)])) == [whole, left]
 
 
 @pytest.mark.parametrize("matrix, size", [
@@ -212,10 +210,7 @@ def test_times_as_files_write_them(text, expected):
 ])  # fmt: skip
 def test_the_time_of_acquisition_of_a_scene(tmp_path, tags):
     file = write(tmp_path / "a.tif", "EPSG:32631", from_origin(500000, 5400000, 10, 10), **tags)
-    with Scene(file) as scene:
-        assert read_metadata(file, scene.dataset) == {
-            "acquired": datetime(2021, 6, 1, 10, 20, 30, tzinfo=timezone.utc)
-        }
+    assert place(file)["acquired"] == datetime(2021, 6, 1, 10, 20, 30, tzinfo=timezone.utc)
 
 
 def test_time_and_place_of_a_photo(tmp_path):

@@ -8,8 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from datetime import timedelta
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 import lancedb
 import numpy as np
@@ -21,9 +24,12 @@ from test_index import ADD, CAPTIONS, NUM_IMAGES, archive, checkpoint, index, lo
 from test_search import run  # noqa: F401
 from test_tiles import write_scene
 
+from ieft.data.locate import walk_files
 from ieft.evaluation.ranking import fingerprint
 from ieft.search import index as index_module
 from ieft.search.archive_files import find_images
+from ieft.search.command import main
+from ieft.search.geography import PLACE_COLUMNS
 from ieft.search.index import CHECKPOINT, KEY, STATES, ImageIndex, fingerprint_checkpoint
 from modeling_ieft import IeftForImageTextRetrieval
 from processing_ieft import IeftImageProcessor, IeftProcessor
@@ -414,3 +420,126 @@ def test_without_lancedb_the_command_says_what_to_install(checkpoint, tmp_path):
     assert done.returncode == 1 and done.stderr.strip() == (
         "ieft-search: The index needs lancedb: pip install 'ieft[search]'."
     )
+
+
+# Folders and files without permission, and metadata that came later --------------------------------------------------
+
+
+@pytest.fixture
+def as_nobody():
+    """A folder that everyone may enter, and a context without the rights of root, which may read everything."""
+    folder = tempfile.mkdtemp(dir="/tmp")
+    os.chmod(folder, 0o755)
+    is_root = os.geteuid() == 0
+
+    @contextmanager
+    def without_rights():
+        if is_root:
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            if is_root:
+                os.seteuid(0)
+
+    yield Path(folder), without_rights
+    subprocess.run(["chmod", "-R", "u+rwx", folder])
+    shutil.rmtree(folder)
+
+
+def test_folders_and_links_that_lead_nowhere_are_named(as_nobody, loaded, archive, caplog):
+    folder, without_rights = as_nobody
+    there = Path(shutil.copytree(archive, folder / "archive"))
+    (there / "gone.png").symlink_to("nowhere")
+    (there / "deep").chmod(0)
+    unreadable = {}
+    with without_rights():
+        assert len(find_images(there, unreadable)) == NUM_IMAGES // 2
+        with pytest.raises(PermissionError):
+            find_images(there)
+        assert len(list(walk_files(there))) == NUM_IMAGES // 2
+    assert sorted(unreadable) == [str(there / "deep"), str(there / "gone.png")]
+    assert f"{there / 'deep'} cannot be searched for files: Permission denied" in caplog.text
+
+
+def test_an_index_that_cannot_be_written_is_searched_all_the_same(as_nobody, loaded, archive):
+    folder, without_rights = as_nobody
+    there = Path(shutil.copytree(archive, folder / "archive"))
+    index = ImageIndex(folder / "index", loaded[0], processor=loaded[1], create=True, root=there)
+    index.add(find_images(there))
+    subprocess.run(["chmod", "-R", "a+rX,a-w", folder], check=True)
+    with without_rights():
+        read_only = ImageIndex(folder / "index", loaded[0], processor=loaded[1], root=there)
+        assert len(read_only.search(CAPTIONS[0], top_k=50)) == NUM_IMAGES
+        assert read_only.add(find_images(there))["unchanged"] == NUM_IMAGES
+        with pytest.raises((OSError, RuntimeError), match="Permission denied"):
+            read_only.delete(find_images(there)[:1])
+
+
+def test_indexing_again_adds_places_and_times_that_earlier_versions_did_not_read(tmp_path, loaded, archive, index):
+    """Also where rasterio was installed later; nothing is embedded anew."""
+    exif = Image.Exif()
+    exif[0x8769] = {0x9003: "2021:06:01 10:20:30"}
+    Image.new("RGB", (40, 30)).save(archive / "photo.jpg", exif=exif)
+    Image.new("RGB", (40, 30)).save(archive / "plain.jpg")
+    scene = archive / "scene.tif"
+    write_scene(scene, np.random.default_rng(0).integers(0, 256, (3, 40, 72), np.uint8))
+    index.add(find_images(archive))
+    index.add([scene], tile=32)
+    before = index.rows()
+    nothing = dict.fromkeys((*PLACE_COLUMNS, "acquired"), "NULL")
+    index.table.update(values_sql=nothing)
+    vectors = [row["vector"] for row in index.rows(columns=["vector"])]
+    report = index.add(find_images(archive))
+    assert report["added"] == 0 and report["unchanged"] == len(before) == len(index)
+    key = lambda row: (row["file"], row["col"], row["row"])  # noqa: E731
+    assert sorted(index.rows(), key=key) == sorted(before, key=key)
+    assert sorted(map(tuple, vectors)) == sorted(tuple(row["vector"]) for row in index.rows(columns=["vector"]))
+    taken = index.rows("acquired >= timestamp '2021-06-01'")
+    assert [row["acquired"] for row in taken] == [datetime(2021, 6, 1, 10, 20, 30, tzinfo=timezone.utc)]
+    assert len(index.rows("north > 48")) > 4
+    with pytest.raises(ValueError, match="Times are written as: acquired >= timestamp '2021-06-01'"):
+        index.rows("acquired >= '2021-06-01'")
+
+
+def test_a_folder_in_place_of_a_file_means_that_the_file_is_gone(index, archive):
+    file = find_images(archive)[0]
+    file.unlink()
+    file.mkdir()
+    assert index.prune() == [str(file)]
+
+
+# Mistakes in options ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [
+    {"top_k": 0}, {"top_k": -1}, {"top_k": True}, {"rerank_top_k": -3}, {"similarity_weight": float("nan")},
+])  # fmt: skip
+def test_numbers_of_hits_out_of_range_are_refused(index, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        index.search(CAPTIONS[0], **options)
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        index.search_captions(Image.new("RGB", (40, 40)), **options)
+
+
+def test_mistakes_of_a_new_user_are_named(tmp_path, run, archive, monkeypatch):
+    with pytest.raises(SystemExit, match="there is no .*nothere"):
+        run("index", tmp_path / "nothere")
+    run("index", archive)
+    with pytest.raises(SystemExit, match="--bands needs --image"):
+        run("query", CAPTIONS[0], "--bands", "1")
+    with pytest.raises(SystemExit, match="two of them name the same"):
+        run("query", CAPTIONS[0], "--geojson", tmp_path / "same", "--sheet", f"{tmp_path}/./same")
+    code, printed = run("delete", archive, find_images(archive)[0])
+    assert (code, printed.out, printed.err) == (1, "1 deleted\n", f"not in the index: {archive}\n")
+    with pytest.raises(SystemExit, match="--model /no/where: a checkpoint's folder or a Hub id"):
+        main(["info", "--model", "/no/where", "--index", str(tmp_path / "index")])
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path, run, archive, monkeypatch):
+    run("index", archive)
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        assert run("export")[0] == 1

@@ -99,8 +99,6 @@ class Scene:
 
     Attributes:
         width, height: in pixels, of the upright image.
-        dataset: the opened rasterio dataset, for georeferencing, in the orientation of the file; None for other kinds
-            of files, and without rasterio.
     """
 
     def __init__(self, file, limits=None, *, bands=None):
@@ -119,19 +117,11 @@ class Scene:
             width, height, _ = describe_picture(file)
             if width * height <= MAX_PIXELS or not has_raster_driver(file, windows=True):
                 self._image = _read_by_pillow(file, bands)
-            if self._image is None or has_raster_driver(file):
-                self._raster = self._open_raster(bands, limits)
+            if self._image is None:
+                self._raster = Raster(file, bands, limits)
             if self._image is None and width * height <= MAX_PIXELS:
                 self._image = self._raster.read()
             self.width, self.height = self._image.size if self._image else (self._raster.width, self._raster.height)
-
-    def _open_raster(self, bands, limits):
-        try:
-            return Raster(self.file, bands, limits)
-        except ImportError:
-            if self._image is None:
-                raise
-            return None
 
     def __enter__(self):
         return self
@@ -139,14 +129,6 @@ class Scene:
     def __exit__(self, *error):
         if self._raster is not None:
             self._raster.close()
-
-    @property
-    def dataset(self):
-        return self._raster and self._raster.dataset
-
-    def as_stored(self, window):
-        """The window of `dataset` that a window of the upright image shows."""
-        return Window(*self._raster.as_stored(*window))
 
     @property
     def limits(self):

@@ -1,10 +1,13 @@
 """Finds the image file that an annotation names, even if it was written on another system or in another folder."""
 
+import logging
 import os
 import re
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 JUNK_NAMES = {".ds_store", "thumbs.db", "desktop.ini", "__macosx", ".spotlight-v100", ".trashes"}
 SPLIT_NAMES = {
@@ -43,8 +46,9 @@ def walk_files(folder):
         seen.add(real)
         try:
             entries = sorted(os.scandir(current), key=lambda entry: entry.name)
-        except OSError:
-            continue  # a folder without read permission
+        except OSError as error:
+            logger.warning("%s cannot be searched for files: %s. What it holds is left out.", current, error.strerror)
+            continue
         for entry in entries:
             if is_junk(entry.name):
                 continue

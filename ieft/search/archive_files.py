@@ -3,7 +3,9 @@
 import hashlib
 import logging
 import os
+import stat
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,22 @@ import torch
 from torch.utils.data import Dataset
 
 from ieft.data.images import describe_picture, parse_bands, read_picture
-from ieft.search.geography import OWN_SIDES, PLACE_COLUMNS, locate, place_of_bounds, read_metadata
+from ieft.data.rasters import Raster, has_raster_driver
+from ieft.search.geography import (
+    OWN_SIDES,
+    PLACE_COLUMNS,
+    locate,
+    place_of_bounds,
+    read_metadata,
+    warn_unplaced,
+)
 from ieft.search.tiles import Scene, Window, cut_windows
+from processing_ieft import open_lazily
 
 logger = logging.getLogger(__name__)
 
-RASTER_SUFFIXES = (".jp2", ".tif", ".tiff")  # of formats that may have a georeference
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp", *RASTER_SUFFIXES)
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp", ".jp2", ".tif", ".tiff")
+GEO_TAGS = {33550, 33922, 34264}  # of TIFF: pixel scale, control points, matrix
 # Metadata of macOS beside images: names like those of images, but no images.
 NO_IMAGES, NO_FOLDER = "._", "__MACOSX"
 
@@ -79,34 +90,44 @@ def read_hits(hits):
 def is_gone(file):
     """Whether a file certainly does not exist. A file that is inaccessible (permissions, network) is not gone.
 
-    A link to a file that is gone counts as gone.
+    A link to a file that is gone counts as gone, and so does a file in whose place there is a folder.
     """
     try:
-        os.stat(file)
+        return stat.S_ISDIR(os.stat(file).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return True
     except (OSError, ValueError):
         return False
-    return False
 
 
-def find_images(archive):
+def find_images(archive, unreadable=None):
     """Sorted image files below a folder, following links to files and folders; or the single given file.
 
     A linked file is listed under the name of the link. Each folder is searched once, however many links lead to it.
 
+    Args:
+        unreadable: a dict; folders that cannot be searched, and links that lead nowhere, are added with the reason.
+
     Raises:
         FileNotFoundError: if there are none.
+        OSError: without `unreadable`, if a folder cannot be searched.
     """
     archive = Path(archive)
-    paths = sorted(_walk(archive.resolve())) if archive.is_dir() else [archive]
-    found = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    if not archive.exists():
+        raise FileNotFoundError(f"A folder of images or an image expected; there is no {archive}.")
+    paths = sorted(_walk(archive.resolve(), unreadable)) if archive.is_dir() else [archive]
+    found = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    for path in found if unreadable is not None else ():
+        if path.is_symlink() and not path.exists():
+            unreadable[str(path)] = "it is a link to a file that is not there"
+    found = [path for path in found if path.is_file()]
     if not found:
-        raise FileNotFoundError(f"Images ({', '.join(IMAGE_SUFFIXES)}) expected at {archive}; there are none.")
+        what = "".join(f" Left out: {place}: {why}." for place, why in list((unreadable or {}).items())[:1])
+        raise FileNotFoundError(f"Images ({', '.join(IMAGE_SUFFIXES)}) expected at {archive}; there are none.{what}")
     return found
 
 
-def _walk(archive):
+def _walk(archive, unreadable):
     """All files below a folder; linked files under the names of their links."""
     folders, links, visited = [str(archive)], [], set()
     while folders or links:  # links last, so that a folder of the archive keeps its own name
@@ -114,12 +135,19 @@ def _walk(archive):
         if os.path.realpath(folder) in visited:
             continue
         visited.add(os.path.realpath(folder))
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name, reverse=True):
-                if entry.is_dir():
-                    (links if entry.is_symlink() else folders).append(entry.path)
-                elif not entry.name.startswith(NO_IMAGES) and NO_FOLDER not in Path(folder).parts:
-                    yield Path(entry.path)
+        try:
+            with os.scandir(folder) as opened:
+                entries = sorted(opened, key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            if unreadable is None:
+                raise
+            unreadable[folder] = f"this folder cannot be searched: {error.strerror}"
+            continue
+        for entry in entries:
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif not entry.name.startswith(NO_IMAGES) and NO_FOLDER not in Path(folder).parts:
+                yield Path(entry.path)
 
 
 def plan_tiles(file, tile, overlap, *, bands=None):
@@ -136,27 +164,60 @@ def read_whole(file, *, bands=None):
     picture = read_picture(file, bands=bands)
     width, height, _ = describe_picture(file)  # as stored; the image read may be smaller
     row = _describe_file(file, width, height, Window(0, 0, width, height))
-    if not str(file).lower().endswith(RASTER_SUFFIXES):
-        return row | read_metadata(file), picture
-    with Scene(file, bands=bands) as scene:
-        raster = scene.dataset
-        place = _locate(scene, Window(0, 0, scene.width, scene.height), file)
-        return row | read_metadata(file, raster) | place, picture
+    return row | next(read_place_and_time(file)), picture
 
 
 def read_tiles(file, windows, *, bands=None):
     """The index row and the image of each window, read one at a time."""
     if windows:
         with Scene(file, bands=bands) as scene:
-            of_scene = read_metadata(file, scene.dataset) | {"limits": scene.limits}
-            for window in windows:
-                row = _describe_file(file, scene.width, scene.height, window)
-                named = file if window is windows[0] else None  # one warning a scene
-                yield row | of_scene | _locate(scene, window, named), scene.read(window)
+            for window, place in zip(windows, read_place_and_time(file, windows), strict=True):
+                row = _describe_file(file, scene.width, scene.height, window) | {"limits": scene.limits}
+                yield row | place, scene.read(window)
 
 
-def _locate(scene, window, file=None):
-    return locate(scene.dataset, scene.as_stored(window), file) if scene.dataset is not None else {}
+def read_place_and_time(file, windows=()):
+    """Yield the columns of place and time of each window of an image, or of the whole; empty if nothing is known.
+
+    An image that GDAL cannot open has no place, which is warned of once.
+    """
+    raster = _open_raster(file)
+    if raster is None:
+        yield from [read_metadata(file)] * max(1, len(windows))
+        return
+    with raster:
+        of_scene = read_metadata(file, raster.dataset)
+        for number, window in enumerate(windows or [Window(0, 0, raster.width, raster.height)]):
+            stored = Window(*raster.as_stored(*window))
+            yield of_scene | locate(raster.dataset, stored, None if number else file)  # one warning a scene
+
+
+def _open_raster(file):
+    """A `Raster` for a file of a format that may have a georeference, or None."""
+    try:
+        return Raster(file) if has_raster_driver(file, windows=True) else None
+    except ImportError:
+        _warn_without_rasterio(file)
+    except Exception as error:  # GDAL's errors are of a private kind; the pixels are read elsewhere
+        warn_unplaced(file, error)
+    return None
+
+
+@cache
+def _warn_once(message):
+    logger.warning(message)
+
+
+def _warn_without_rasterio(file):
+    try:
+        with open_lazily(file) as image:
+            is_placed = not GEO_TAGS.isdisjoint(image.tag_v2)
+    except (AttributeError, OSError, ValueError):
+        return
+    if is_placed:
+        _warn_once(
+            "Places of GeoTIFFs cannot be read without rasterio: pip install 'ieft[geo]', and index again to add them."
+        )
 
 
 def place_again(row):
@@ -168,9 +229,10 @@ def place_again(row):
     place = dict.fromkeys(PLACE_COLUMNS) | {"crs": row["crs"]} | dict(zip(OWN_SIDES, sides, strict=True))
     window = Window(row["col"], row["row"], row["tile_width"], row["tile_height"])
     try:
-        with Scene(row["file"]) as scene:
-            place |= _locate(scene, window) or place_of_bounds(row["crs"], *sides)
-    except (ImportError, OSError, ValueError):
+        with Raster(row["file"]) as raster:
+            stored = Window(*raster.as_stored(*window))
+            place |= locate(raster.dataset, stored) or place_of_bounds(row["crs"], *sides)
+    except Exception:  # GDAL's errors are of a private kind
         place |= place_of_bounds(row["crs"], *sides)
     return {name: row[name] for name in ("file", "col", "row")} | place
 

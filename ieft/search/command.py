@@ -11,6 +11,8 @@ Hits are printed as a table or JSON, or written as a contact sheet or GeoJSON.
 import argparse
 import codecs
 import json
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from ieft.data.images import parse_bands, read_picture
 from ieft.search.archive_files import find_images, read_hits
 from ieft.search.explain import draw_heat_map, explain_pair
 from ieft.search.feature_cache import KINDS
+from ieft.search.filters import without_place_in_code
 from ieft.search.geography import to_geojson
 
 SHEET_COLUMNS, THUMB, GAP, LABEL = 5, 192, 12, 20
@@ -31,9 +34,15 @@ def main(arguments=None):
     args = build_parser().parse_args(arguments)
     logging.disable_progress_bar()  # of loading weights
     try:
-        return args.command(args)
+        code = args.command(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ImportError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: the vector store's and torch's
-        sys.exit(f"ieft-search: {error}")
+        place = f"{args.index}: " if "lance error" in str(error) else ""
+        sys.exit(f"ieft-search: {place}{without_place_in_code(error)}")
     except KeyboardInterrupt:
         sys.exit("ieft-search: interrupted; what was added is kept, and the same command resumes.")
 
@@ -108,6 +117,8 @@ def _add_command(commands, name, function, text):
 def open_index(args, **options):
     from ieft.search.index import ImageIndex  # imported here, so that a missing lancedb is reported like other errors
 
+    if not os.path.isdir(args.model) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", args.model):
+        raise FileNotFoundError(f"--model {args.model}: a checkpoint's folder or a Hub id (user/name) expected.")
     try:
         model = IeftForImageTextRetrieval.from_pretrained(args.model)
         processor = IeftProcessor.from_pretrained(args.model)
@@ -124,7 +135,8 @@ def index_archive(args):
     if args.overlap is not None and not args.tile:
         raise ValueError("--overlap needs --tile: it is the overlap of the tiles.")
     bands = parse_bands(args.bands)
-    files = find_images(args.archive) if args.archive is not None else []
+    unreadable = {}
+    files = find_images(args.archive, unreadable) if args.archive is not None else []
     captions = read_lines(args.captions) if args.captions else []
     root = args.archive if args.archive is not None and Path(args.archive).is_dir() else None
     index = open_index(args, create=True, states=args.states, root=root)
@@ -137,9 +149,10 @@ def index_archive(args):
     if args.captions:
         count = index.captions.count_rows()
         print(f"{of_captions['added']:,} added, {of_captions['unchanged']:,} unchanged, {count:,} captions")
-    for file, why in report["unreadable"].items():
+    unreadable |= report["unreadable"]
+    for file, why in unreadable.items():
         print(f"not indexed: {file}: {why}", file=sys.stderr)
-    return 1 if report["unreadable"] else 0
+    return 1 if unreadable else 0
 
 
 def read_lines(file):
@@ -165,6 +178,9 @@ def check_outputs(args):
     Raises:
         FileExistsError: if a file or a non-empty folder exists already.
     """
+    outputs = [os.path.abspath(output) for output in (args.sheet, args.geojson, args.explain) if output]
+    if len(set(outputs)) < len(outputs):
+        raise ValueError("--sheet, --geojson and --explain write to different places; two of them name the same one.")
     for output in filter(None, (args.sheet, args.geojson, args.explain)):
         path = Path(output)
         taken = any(path.iterdir()) if path.is_dir() and output == args.explain else path.exists()
@@ -177,6 +193,8 @@ def check_outputs(args):
 def query_index(args):
     if (args.caption is None) == (args.image is None):
         raise ValueError("Either a sentence or --image expected.")
+    if args.bands and args.image is None:
+        raise ValueError("--bands needs --image: the images of the index keep the bands that they were indexed with.")
     check_outputs(args)
     index = open_index(args)
     index.needs_files |= bool(args.sheet or args.explain)
@@ -242,8 +260,12 @@ def export_index(args):
 
 
 def delete_images(args):
-    print(f"{open_index(args).delete(args.files):,} deleted")
-    return 0
+    index = open_index(args)
+    missing = index.missing(args.files)
+    print(f"{index.delete(args.files):,} deleted")
+    for file in missing:
+        print(f"not in the index: {file}", file=sys.stderr)
+    return 1 if missing else 0
 
 
 def prune_index(args):

@@ -108,8 +108,14 @@ def fetch(query, where, **options):
     except OSError:
         raise
     except Exception as error:  # LanceDB's: ValueError, RuntimeError, a panic of its parser
-        reason = re.split(r", \S+\.rs:\d+", str(error))[0][:500]  # where in LanceDB's own code
-        raise ValueError(f"where={where[:200]!r} cannot filter: {reason}") from error
+        reason = without_place_in_code(error)
+        hint = " Times are written as: acquired >= timestamp '2021-06-01'." if "Timestamp" in reason else ""
+        raise ValueError(f"where={where[:200]!r} cannot filter: {reason}{hint}") from error
+
+
+def without_place_in_code(error):
+    """The message of an error of LanceDB, shortened, without the line of its own code that it names."""
+    return re.split(r",? (?:at )?/\S+\.rs:\d+", str(error))[0][:500]
 
 
 def is_not_text(text):

@@ -58,17 +58,17 @@ def locate(dataset, window, file=None):
             crs, to_own = _georeference(dataset)
             if to_own is None:
                 if dataset.crs is not None:
-                    _warn(file, "it names coordinates, but not which pixels have them")
+                    warn_unplaced(file, "it names coordinates, but not which pixels have them")
                 return {}
             right, bottom = window.col + window.width, window.row + window.height
             xs, ys = to_own(*_points_around(window.col, window.row, right, bottom))
         sides = [min(xs), min(ys), max(xs), max(ys)]
         own = {side: float(value) for side, value in zip(OWN_SIDES, sides, strict=True) if math.isfinite(value)}
     except Exception as error:  # GDAL's errors are of a private kind
-        _warn(file, f"its georeference cannot be read: {error}")
+        warn_unplaced(file, f"its georeference cannot be read: {error}")
         return {}
     if crs is None:
-        _warn(file, "its pixels have coordinates, but it does not say in which coordinate reference system")
+        warn_unplaced(file, "its pixels have coordinates, but it does not say in which coordinate reference system")
         return own
     return own | {"crs": crs.to_string()} | _place_of(crs, xs, ys, file)
 
@@ -80,11 +80,12 @@ def place_of_bounds(crs, left, bottom, right, top, file=None):
     try:
         return _place_of(CRS.from_string(crs), *_points_around(left, top, right, bottom), file)
     except Exception as error:
-        _warn(file, error)
+        warn_unplaced(file, error)
         return {}
 
 
-def _warn(file, why):
+def warn_unplaced(file, why):
+    """Warn that an image gets no location; nothing for None as the file."""
     if file:
         logger.warning("%s gets no place on the Earth: %s", file, str(why)[:LONGEST_REASON])
 
@@ -146,7 +147,7 @@ def _place_of(crs, xs, ys, file):
         if not crs.is_geographic:
             _check_on_map(crs, points, lons, lats)
     except Exception as error:
-        _warn(file, error)
+        warn_unplaced(file, error)
         return {}
     west, south, east, north = outline.bounds
     if east - west >= 360:

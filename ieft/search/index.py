@@ -11,6 +11,7 @@ Transformers", CVPR 2021.
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -19,6 +20,7 @@ from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +44,14 @@ from ieft.search.archive_files import (
     place_again,
     plan_tiles,
     read_hit,
+    read_place_and_time,
     read_tiles,
     read_whole,
 )
 from ieft.search.feature_cache import decode_state, encode_state
-from ieft.search.filters import check_where, fetch, is_not_text
-from ieft.search.tiles import cut_windows
+from ieft.search.filters import check_where, fetch, is_not_text, without_place_in_code
+from ieft.search.geography import PLACE_COLUMNS
+from ieft.search.tiles import Window, cut_windows
 from processing_ieft import check_text
 
 logger = logging.getLogger(__name__)
@@ -240,9 +244,7 @@ class ImageIndex:
         columns = [*KEY, "tile_width", "tile_height", "west", "south", "east", "north", "crs"]
         while rows := self.table.search().where(left_over).select(columns).limit(1000).to_list() if new else []:
             placed = [place_again(row | {"file": self._path(row["file"])}) | {"file": row["file"]} for row in rows]
-            fields = [self.table.schema.field(name) for name in placed[0]]
-            merge = self.table.merge_insert(KEY).when_matched_update_all()
-            _retry(merge.execute, pa.Table.from_pylist(placed, schema=pa.schema(fields)))
+            self._update(placed)
 
     def _add_columns(self, fields):
         there = set(self.table.schema.names)
@@ -395,6 +397,7 @@ class ImageIndex:
             while batch := list(islice(rows, batch_size)):
                 self._write(batch)
                 report["added"] += len(batch)
+            self._add_places_and_times(names[first : first + files_at_once])
             if stale:  # after what takes its place, so that a kill loses nothing
                 _retry(self.table.delete, " OR ".join(stale))
         return report
@@ -429,6 +432,34 @@ class ImageIndex:
             except (OSError, ValueError) as error:
                 before = " (what was indexed of it before is kept)" if known[name] else ""
                 report["unreadable"][file] = f"{error}{before}"
+
+    def _add_places_and_times(self, names):
+        """Add them to rows that have none: an earlier version read no time, and without rasterio there is no place.
+
+        PNG files are left out: their metadata may stand behind the pixels, which would all be decoded.
+        """
+        lacking = f"{_any_of(names)} AND geometry IS NULL AND left IS NULL AND acquired IS NULL"
+        lacking += " AND NOT ends_with(lower(file), '.png')"
+        columns = [*KEY, "tile_width", "tile_height", "tiling"]
+        of_file = {}
+        for row in self._select_raw(lacking, columns):
+            of_file.setdefault(row["file"], []).append(row)
+        for name, rows in of_file.items():
+            windows = [Window(*(row[side] for side in columns[1:5])) for row in rows if row["tiling"]]
+            try:
+                found = list(read_place_and_time(self._path(name), windows))
+            except (OSError, ValueError):  # it has just gone
+                continue
+            if any(found):
+                empty = dict.fromkeys([*PLACE_COLUMNS, "acquired"])
+                keys = ({name: row[name] for name in KEY} for row in rows)
+                self._update([key | empty | columns for key, columns in zip(keys, found, strict=True)])
+
+    def _update(self, rows):
+        """Update some columns of existing rows, given as dicts with the key and these columns."""
+        schema = pa.schema([self.table.schema.field(name) for name in rows[0]])
+        merge = self.table.merge_insert(KEY).when_matched_update_all()
+        _retry(merge.execute, pa.Table.from_pylist(rows, schema=schema))
 
     def _write(self, batch):
         squares = [square for _, square in batch]
@@ -483,9 +514,20 @@ class ImageIndex:
             _retry(table.optimize, cleanup_older_than=KEPT_VERSIONS)
 
     def delete(self, files):
-        """Remove files with all their tiles from the index, but not from disk; returns the number of removed rows."""
+        """Remove files with all their tiles from the index, but not from disk.
+
+        Returns:
+            int: the number of removed rows.
+        """
         names = [name for name in map(self._name, files) if not is_not_text(name)]
         return _retry(self.table.delete, _any_of(names)).num_deleted_rows if names else 0
+
+    def missing(self, files):
+        """Those of the files that the index does not hold."""
+        names = {file: self._name(file) for file in files}
+        known = [name for name in names.values() if not is_not_text(name)]
+        known = {row["file"] for row in self._select_raw(_any_of(known), ["file"])} if known else set()
+        return [file for file, name in names.items() if name not in known]
 
     def prune(self, *, force=False):
         """Remove files that no longer exist from the index.
@@ -636,6 +678,7 @@ class ImageIndex:
             FileNotFoundError: if the archive does not exist. Single files that are gone or damaged are skipped with a
                 warning.
         """
+        _check_options(top_k, rerank_top_k, similarity_weight)
         seconds, unusable = {}, {}
         with _clock(seconds, "embed"):
             vector = self.embed_caption(caption)
@@ -656,6 +699,7 @@ class ImageIndex:
 
     def search_image(self, image, *, top_k=10, where=None):
         """Search images similar to a PIL image, by embedding only; returns hits as `search`."""
+        _check_options(top_k)
         seconds, unusable = {}, {}
         with _clock(seconds, "embed"):
             vector = self.embed_images([image])[0]
@@ -669,6 +713,7 @@ class ImageIndex:
         Returns:
             Hits: `caption`, `similarity`, `score`, `stage`, `rank`; empty if the index holds no captions.
         """
+        _check_options(top_k, rerank_top_k, similarity_weight)
         seconds = {}
         with _clock(seconds, "embed"):
             vector = self.embed_images([image])[0]
@@ -812,7 +857,7 @@ def _store_errors(uri):
     except (FileNotFoundError, RuntimeError) as error:
         if isinstance(error, FileNotFoundError) and "lance error" not in str(error):
             raise
-        reason = re.split(r", \S+\.rs:\d+", str(error))[0][:500]  # without the location in LanceDB's code
+        reason = without_place_in_code(error)
         raise ValueError(
             f"{uri} cannot be opened as an index; it is damaged or cannot be written: {reason}"
         ) from error
@@ -830,6 +875,14 @@ def _size(file):
         return os.stat(file).st_size
     except (OSError, ValueError):
         return None
+
+
+def _check_options(top_k, rerank_top_k=0, similarity_weight=0.0):
+    for name, number, least in (("top_k", top_k, 1), ("rerank_top_k", rerank_top_k, 0)):
+        if not isinstance(number, Integral) or isinstance(number, bool) or number < least:
+            raise ValueError(f"{name} must be a whole number from {least}; got {number!r}.")
+    if not math.isfinite(similarity_weight):
+        raise ValueError(f"similarity_weight must be a finite number; got {similarity_weight!r}.")
 
 
 def _quoted(text):
