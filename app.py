@@ -149,6 +149,8 @@ class SearchPage:
                 top_k = gr.Slider(1, MOST_SHOWN, 12, step=1, label="Images to show")
                 rerank_top_k = gr.Slider(0, MOST_RERANKED, 32, step=1, label="Images of the shortlist to re-rank")
         self.settings = [top_k, rerank_top_k, width, height, name, placed, where]
+        for setting in self.settings:  # checked by `check_settings`, whose messages name the setting
+            setting.preprocess = lambda sent: sent
 
     def _lay_out_answers(self):
         with gr.Column(visible=False, elem_id="answers") as self.answers:
@@ -235,7 +237,7 @@ class SearchPage:
             print(f"app.py: filter {where!r}: {error}", file=sys.stderr)
             raise told(
                 f"This SQL condition cannot be used: a comparison of {', '.join(columns)} expected, with a value of "
-                "the column's own kind, such as: width >= 256 AND north > 48."
+                "the column's own kind, such as: width >= 256 AND north > 48, or acquired >= timestamp '2021-06-01'."
             ) from None
 
     def _offer_geojson(self, hits):
@@ -310,13 +312,14 @@ def check_number(value, name, least, most):
 def check_settings(settings):
     """What a visitor set on the page, or sent in its place -> (top_k, rerank_top_k, arguments of `write_filter`)."""
     top_k, rerank_top_k, width, height, name, placed, where = settings
-    sides = [check_number(side, "Width and height", 0, LONGEST_SIDE) for side in (width, height)]
+    width = check_number(width, "Width, at least", 0, LONGEST_SIDE)
+    height = check_number(height, "Height, at least", 0, LONGEST_SIDE)
     if not isinstance(placed, bool | None):
         raise told("True or false expected for: only with geographic bounds.")
     return (
         check_number(top_k, "Images to show", 1, MOST_SHOWN),
         check_number(rerank_top_k, "Images to re-rank", 0, MOST_RERANKED),
-        [*sides, name, placed, where],
+        [width, height, name, placed, where],
     )
 
 
@@ -418,10 +421,27 @@ class Gate:
         try:
             if scope["method"] == "POST":
                 receive = await self._receive_whole(scope, receive, visitor)
-            await (self.app if receive else _refusal(408, "The request did not arrive in time."))(scope, receive, send)
+            answer = self._answer if receive else _refusal(408, "The request did not arrive in time.")
+            await answer(scope, receive, send)
         finally:
             self.open[visitor] -= 1
             self.open, self.uploads = +self.open, +self.uploads  # without those at zero
+
+    async def _answer(self, scope, receive, send):
+        """Answer by the page; crafted content that Gradio fails on gets a message, and a line in the log."""
+        has_begun = False
+
+        async def send_on(message):
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_on)
+        except Exception as error:  # Gradio and Starlette raise whatever crafted content leads them to
+            print(f"app.py: {scope['path'][:100]!r}: {type(error).__name__}: {str(error)[:200]!r}", file=sys.stderr)
+            if not has_begun:
+                await _refusal(400, "A request as the page sends it expected.")(scope, receive, send)
 
     def _refuse(self, scope, visitor):
         asks = scope.get("method") == "POST"

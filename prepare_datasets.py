@@ -35,6 +35,7 @@ from ieft.data.duplicates import group_identical
 from ieft.data.images import parse_bands, read_picture
 from ieft.data.invalid_examples import (
     MISSING,
+    PACKED,
     UNREADABLE,
     BadRowsError,
     bad_rows_text,
@@ -44,7 +45,7 @@ from ieft.data.invalid_examples import (
 )
 from ieft.data.locate import is_junk
 from ieft.data.prepared import PreparedFolder
-from ieft.data.report import measure_collection, save_report
+from ieft.data.report import measure_collection, write_report
 from ieft.data.sources import IMAGE_ENDINGS, Source, TableRows, read_source, read_webdataset
 from ieft.data.streaming import LazyRows, load_from_hub, stream_hub_dataset, stream_rows
 
@@ -187,6 +188,26 @@ def place_of(name_or_path, data_dir):
 
 def find_source(name_or_path, data_dir, columns, kept):
     """The name of a collection and its rows, or an error with a remedy."""
+    name, source = _read_collection(name_or_path, data_dir, columns, kept)
+    shorten_names(source.rows)
+    return name, source
+
+
+def shorten_names(rows):
+    """Cut absolute file names to what tells them apart: they are published, and the user's folders are not.
+
+    Names stay as they are where short ones would not be unique.
+    """
+    names = {row["filename"] for row in rows}
+    parts = {name: re.split(r"[/\\]+", name) for name in names if re.match(r"[/\\~]|[A-Za-z]:[/\\]", name)}
+    common = os.path.commonprefix([each[:-1] for each in parts.values()])
+    short = {name: "/".join(each[len(common) :]) for name, each in parts.items()}
+    if len({short.get(name, name) for name in names}) == len(names):
+        for row in rows:
+            row["filename"] = short.get(row["filename"], row["filename"])
+
+
+def _read_collection(name_or_path, data_dir, columns, kept):
     name_or_path = place_of(name_or_path, data_dir)
     path, root = Path(data_dir or name_or_path), None
     if data_dir and name_or_path not in BENCHMARKS and Path(name_or_path).exists():
@@ -296,7 +317,7 @@ def check_rows(name, source, on_bad_rows, kept, num_proc, *, seed, bands=None, d
     Raises:
         BadRowsError: with `on_bad_rows` "stop", where there are faults; or where no row is left.
     """
-    reasons = missing_images(source.rows, kept, num_proc)
+    reasons = missing_images(source, kept, num_proc)
     if decode:
         reasons = image_faults(source.rows, kept, num_proc, bands=bands) | reasons
     rows, bad = usable_rows(source.rows, reasons)
@@ -319,10 +340,14 @@ def check_rows(name, source, on_bad_rows, kept, num_proc, *, seed, bands=None, d
     return rows, bad
 
 
-def missing_images(rows, kept, num_proc):
+def missing_images(source, kept, num_proc):
     """Row number -> why there is no image file; URLs are downloaded."""
-    not_fetched = fetch_urls(rows, kept, num_proc)
-    missing = {number: row.get("missing", MISSING) for number, row in enumerate(rows) if row["image"] is None}
+    not_fetched = fetch_urls(source.rows, kept, num_proc)
+    place = Path(source.annotations)
+    folder = place if place.is_dir() else place.parent
+    archives = sorted(each.name for each in folder.iterdir() if is_archive(each)) if folder.is_dir() else []
+    reason = f"{PACKED}: {archives[0]}" if archives and not is_archive(place) else MISSING
+    missing = {number: row.get("missing", reason) for number, row in enumerate(source.rows) if row["image"] is None}
     return missing | not_fetched
 
 
@@ -363,7 +388,8 @@ def image_fault(image, *, bands=None):
     try:
         read_picture(image, bands=bands)
     except (OSError, ValueError) as error:
-        return f"{UNREADABLE}: {error.__cause__}"
+        reason = str(error.__cause__)
+        return f"{UNREADABLE}: {reason.replace(str(image), image.name) if isinstance(image, Path) else reason}"
     return None
 
 
@@ -499,25 +525,23 @@ def main(arguments=None):
     return 0
 
 
-def report_collection(name_or_path, data_dir, output, *, title, image_column=None, caption_column=None, bands=None,
+def report_collection(name_or_path, data_dir, *, title, image_column=None, caption_column=None, bands=None,
                       num_proc=None, cache_dir=None, **_):  # fmt: skip
-    """Report on a collection as distributed, with its invalid examples: return the text, and save the files."""
+    """Report on a collection as distributed, with its invalid examples: name of a file -> its content."""
     kept = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "ieft"
     bands = parse_bands(bands) if isinstance(bands, str) else bands
     if name_or_path in SYNTHETIC:
         splits = load_retrieval_dataset(name_or_path, cache_dir=cache_dir)
         rows = [row | {"split": name, "image": row["image"]["bytes"]} for name, split in splits.items()
                 for row in split.cast_column("image", datasets.Image(decode=False))]  # fmt: skip
+        reasons = {}
     else:
         columns = {"image_column": image_column, "caption_column": caption_column}
-        rows = find_source(str(name_or_path), data_dir, columns, kept)[1].rows
-    reasons = missing_images(rows, kept, num_proc)
+        source = find_source(str(name_or_path), data_dir, columns, kept)[1]
+        rows, reasons = source.rows, missing_images(source, kept, num_proc)
     _, bad = usable_rows(rows, image_faults(rows, kept, num_proc, bands=bands) | reasons)
     facts = measure_collection(rows, bad, bands=bands, num_proc=num_proc)
-    text = save_report(title, rows, facts, output.folder)
-    for name in ("report.txt", "report.json", "report.png"):
-        output.record(name)
-    return text
+    return write_report(title, rows, facts)
 
 
 def prepare(name_or_path, data_dir, *, output_dir, push_to_hub=None, private=None, report=False, overwrite=False,
@@ -532,21 +556,23 @@ def prepare(name_or_path, data_dir, *, output_dir, push_to_hub=None, private=Non
         if push_to_hub:
             output.check_remote(push_to_hub)
     title = Path(name_or_path).name
+    files = report_collection(name_or_path, data_dir, title=title, **options) if report else {}
     if report:
-        output.start(overwrite=overwrite)
-        print(report_collection(name_or_path, data_dir, output, title=title, **options), end="\n\n")
+        print(files["report.txt"].decode())
     try:
         splits, bad_rows = load_and_check(name_or_path, data_dir, **options)
     except BadRowsError as error:
         if output.is_complete():  # an earlier dataset is kept
             raise
         output.start(overwrite=overwrite)
-        output.write("bad_rows.json", bad_rows_text(error.bad_rows))
+        for name, content in (files | {"bad_rows.json": bad_rows_text(error.bad_rows)}).items():
+            output.write(name, content)
         raise ValueError(f"{error}\nListed in {output.folder / 'bad_rows.json'}.") from error
     output.start(overwrite=overwrite)
     title = (push_to_hub or title).split("/")[-1]
     written = output.save(splits, title=title, bad_rows=bad_rows, overwrite=overwrite)
-    output.write("bad_rows.json", bad_rows_text(bad_rows))
+    for name, content in (files | {"bad_rows.json": bad_rows_text(bad_rows)}).items():
+        output.write(name, content)
     for name, split in splits.items():
         print(f"{name}: {len(split):,} images, {sum(map(len, split['captions'])):,} captions")
     for line in published_counts(name_or_path, splits):

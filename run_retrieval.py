@@ -138,7 +138,8 @@ DECIDES_TRAINING = (
 # Options that affect the result of an evaluation, which may only replace results with the same options.
 DECIDES_EVALUATION = (
     "model_name_or_path", "dataset_name", "data_dir", "image_column", "caption_column", "bands", "protocol",
-    "on_bad_rows", "max_eval_samples", "max_predict_samples",
+    "on_bad_rows", "max_eval_samples", "max_predict_samples", "fit", "first_joint_layer", "rerank_top_k",
+    "eval_datasets",
 )  # fmt: skip
 # Option -> stages, at least one of which must run for the option to have an effect.
 NEEDED_STAGES = {
@@ -299,10 +300,11 @@ def main(arguments=None):
     folder = OutputFolder(args.output_dir, **deciding_options(model_args, data_args, args))
     if push and args.should_save and not model_args.overwrite_repository:
         check_push(args)
-    if not args.do_train:
+    checkpoint, damages = None, []
+    if args.do_train:
+        checkpoint, damages = folder.find_checkpoint(args.resume_from_checkpoint)
+    else:
         model_args.model_name_or_path = folder.find_model(model_args.model_name_or_path)
-        return run(model_args, data_args, args, folder, None, push)
-    checkpoint, damages = folder.find_checkpoint(args.resume_from_checkpoint)
     with folder.claimed() if args.should_save else nullcontext():
         for damage in damages:
             logger.warning("Skipping corrupt checkpoint: %s.", damage)
@@ -366,6 +368,8 @@ def parse_arguments(arguments):
         ValueError: if options contradict each other or would be ignored.
     """
     parser = HfArgumentParser((ModelArguments, DataArguments, IeftTrainingArguments), allow_abbrev=False)
+    if len(arguments) > 1 and arguments[0].endswith(SETTINGS_ENDINGS):
+        raise ValueError(f"{arguments[0]} must be the only argument: write the other options into it.")
     if len(arguments) == 1 and arguments[0].endswith(SETTINGS_ENDINGS):
         parser.error = partial(refuse_settings, arguments[0])
         arguments = read_settings(
@@ -468,6 +472,11 @@ def deciding_options(model_args, data_args, args):
     for stage, name in (("do_eval", "max_eval_samples"), ("do_predict", "max_predict_samples")):
         if not getattr(args, stage):
             del evaluation[name]
+    for name in ("rerank_top_k", "eval_datasets"):
+        if not options[name]:  # then its results are not written
+            del evaluation[name]
+    if args.do_train:
+        evaluation |= {"fit": None, "first_joint_layer": None}  # those of the model in this folder
     if args.do_train or options["model_name_or_path"] in (None, str(Path(args.output_dir).resolve())):
         evaluation["model_name_or_path"] = None  # the model in this folder
     return {"training": training, "evaluation": evaluation if args.do_eval or args.do_predict else None}
@@ -661,6 +670,8 @@ def save_results(trainer, name, results, data_args):
     """Save the results of one stage, and add them to `all_results.json`."""
     if not trainer.is_world_process_zero():
         return
+    if not trainer.args.do_train:  # the epoch is that of this run, not of the training
+        results = {key: value for key, value in results.items() if key != "epoch"}
     everything = Path(trainer.args.output_dir) / "all_results.json"
     before = json.loads(everything.read_text(encoding="utf-8")) if everything.exists() else {}
     write_json(everything, before | results)

@@ -344,7 +344,7 @@ def test_stages_and_settings(client, index):
     hits = index.search(CAPTIONS[0], top_k=8, rerank_top_k=3)
     assert [" ".join(words) for words in shown] == expected_labels(hits)
     assert [words[2] for words in shown] == ["re-ranked"] * 3 + ["shortlist"] * 5
-    assert "maximum" in call(client, "search", CAPTIONS[0], 10**9, *DEFAULTS[1:])
+    assert "Images to show: a whole number" in call(client, "search", CAPTIONS[0], 10**9, *DEFAULTS[1:])
 
 
 def test_no_file_is_served_but_the_pages_own(client, checkpoint, archive, served):  # noqa: F811
@@ -403,11 +403,15 @@ def test_uploads_and_questions_are_bounded(client):
         (6, "length(repeat('x', 400000000)) > 1", "&#x27;repeat&#x27; cannot stand in one"),
         (6, "1=1; DROP TABLE images", "cannot stand in one"),
         (6, "file = 5", "a value of the column"),
-        (6, ["width > 1"], "cannot stand in one"),
-        (6, {"a": 1}, "cannot stand in one"),
+        (6, ["width > 1"], "A condition as text"),
+        (6, {"a": 1}, "A condition as text"),
         (0, 2.5, "whole number"),
-        (1, -1, "minimum"),
-        (2, 10**12, "maximum"),
+        (6, "acquired > '2021'", "acquired &gt;= timestamp &#x27;2021-06-01&#x27;"),
+        (0, "12", "Images to show: a whole number from 1 to 48 expected; got 12"),
+        (1, -1, "Images to re-rank: a whole number from 0 to 64"),
+        (2, 10**12, "Width, at least: a whole number from 0 to 1,000,000"),
+        (3, [1], "Height, at least: a whole number"),
+        (4, ["a"], "A part of a file name as text"),
         (5, "maybe", "True or false"),
     ],
     ids=lambda each: ascii(each)[:30],
@@ -416,6 +420,15 @@ def test_a_crafted_setting_gets_a_message_that_names_it(client, place, value, sa
     answer = call(client, "search", CAPTIONS[0], *(value if at == place else was for at, was in enumerate(DEFAULTS)))
     assert isinstance(answer, str), answer
     assert said in answer and "damaged" not in answer and "/" not in answer.replace("/&gt;", "")
+
+
+@pytest.mark.parametrize("content", [
+    b"\xff\xfe", b"[]", b'{"data": [], "fn_index": 999, "session_hash": "x"}',
+    b'{"data": "x", "fn_index": 0, "session_hash": "x"}', b'{"data": [], "fn_index": -1, "session_hash": "x"}',
+])  # fmt: skip
+def test_a_crafted_request_is_refused_without_a_traceback(client, served, content):
+    answer = client.post("/gradio_api/queue/join", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 422) and "detail" in answer.json()
 
 
 def test_requests_are_counted_by_visitor_whatever_it_claims(served, client):

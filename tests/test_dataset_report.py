@@ -1,12 +1,13 @@
 """Tests of the report on a collection: recall ceilings against actual ranking, duplicates against known ones."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ieft.data.report import ALIKE_BITS, hash_picture, look_at, measure_collection, recall_ceiling, save_report
+from ieft.data.report import ALIKE_BITS, hash_picture, look_at, measure_collection, recall_ceiling, write_report
 from ieft.evaluation.metrics import keep_unique_captions, retrieval_recalls
 from prepare_datasets import main
 
@@ -80,10 +81,11 @@ def test_the_facts_of_a_small_collection(tmp_path):
         (["train", "test"], ["1.png", "again.jpg"])
     ]
     assert facts["sizes"] == {"128 x 128": 5} and facts["modes"] == {"RGB": 5}
-    text = save_report("fields", collection(tmp_path), facts, tmp_path / "report")
+    files = write_report("fields", collection(tmp_path), facts)
+    text = files["report.txt"].decode()
     assert "again.jpg like 1.png" in text and "3 captions of test (60.0%)" in text
-    assert json.loads((tmp_path / "report" / "report.json").read_text())["sizes"] == {"128 x 128": 5}
-    with Image.open(tmp_path / "report" / "report.png") as page:
+    assert json.loads(files["report.json"])["sizes"] == {"128 x 128": 5}
+    with Image.open(io.BytesIO(files["report.png"])) as page:
         assert page.width > 1000 and len(page.convert("L").getcolors(256)) > 100  # it shows the pair of photographs
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hub_server import running_hub
 from huggingface_hub import DatasetCard
 from PIL import Image
 
+import prepare_datasets
 from ieft.data.images import read_picture
 from ieft.data.streaming import stream_hub_dataset
 from prepare_datasets import BadRowsError, load_lazily, load_retrieval_dataset, main, published_counts
@@ -338,6 +340,19 @@ from prepare_datasets import load_retrieval_dataset, main
 assert main([sys.argv[1], "--output_dir", "out", "--push_to_hub", "someone/fields"]) == 0
 splits = load_retrieval_dataset("someone/fields")
 print({name: (len(split), split[3]["filename"], split[3]["image"].size) for name, split in splits.items()})
+
+from huggingface_hub import HfApi
+hub = HfApi()
+def edit(repository, path, content):
+    hub.create_repo(repository, repo_type="dataset", exist_ok=True)
+    hub.upload_file(path_or_fileobj=content, path_in_repo=path, repo_id=repository, repo_type="dataset")
+push = [sys.argv[1], "--output_dir", "out", "--push_to_hub"]
+assert main([*push, "someone/fields"]) == 0  # the same run again
+for repository, path in (("foreign", "data/mine.parquet"), ("fields", "README.md"), ("fields", "data/mine.parquet")):
+    edit(f"someone/{repository}", path, b"mine")
+    assert main([*push, f"someone/{repository}"]) == 1
+edit("someone/fields", "notes.md", b"mine")
+assert main([*push, "someone/fields", "--overwrite"]) == 0
 """
 
 
@@ -350,11 +365,17 @@ def test_a_push_to_the_hub_comes_back_by_its_name(tmp_path):
         command = [sys.executable, "-c", PUSH_AND_LOAD, str(tmp_path / "data")]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]
-        files = hub.files("someone/fields")
+        files, foreign = hub.files("someone/fields"), hub.files("someone/foreign")
+    refused = re.findall(r"^someone/(.*) on the Hub (?:holds files that this run did not push|was edited).*\((.*)\)",
+                         done.stderr, re.MULTILINE)  # fmt: skip
+    assert refused == [("foreign", "data/mine.parquet"), ("fields", "README.md"),
+                       ("fields", "README.md, data/mine.parquet")]  # fmt: skip
+    assert foreign["data/mine.parquet"] == b"mine"  # and what is pushed over with --overwrite is the dataset alone:
+    assert "data/mine.parquet" not in files and files["notes.md"] == b"mine"
     assert f"Pushed: {address}/" in done.stdout
     expected = {name: (10, f"{short}_3.jpg", (24, 20))
                 for name, short in (("train", "train"), ("validation", "val"), ("test", "test"))}  # fmt: skip
-    assert done.stdout.strip().splitlines()[-1] == str(expected)
+    assert str(expected) in done.stdout.splitlines()
     card = DatasetCard(files["README.md"].decode())
     assert card.data.configs[0]["data_files"][2] == {"split": "test", "path": "data/test-*"}
     assert "| train | 10 | 50 |" in card.text and "remote-sensing" in card.data.tags
@@ -385,3 +406,58 @@ def test_a_stream_joins_the_captions_of_one_image_or_is_refused(tmp_path):
     apart = write_caption_rows(tmp_path / "apart", [0, 1, 0])
     with pytest.raises(ValueError, match="do not follow one another"):
         list(stream_hub_dataset(str(apart), {}, **options)["train"])
+
+
+def test_a_report_on_an_edited_source_replaces_nothing(tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "out"
+    entries = write_folder(data, count=3)
+    command = [str(data), "--output_dir", str(out), "--report", "--cache_dir", str(tmp_path / "cache")]
+    assert main(command) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert {path.name for path in before} >= {"report.txt", "report.json", "report.png"}
+    entries[0]["sentences"].pop()
+    rewrite(data, entries)
+    assert main(command) == 1
+    assert "splits of other rows" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert main([*command, "--overwrite"]) == 0
+    assert (out / "report.json").read_bytes() != before[out / "report.json"]
+
+
+def test_images_in_an_archive_beside_the_annotations_are_named(tmp_path, capsys):
+    data = tmp_path / "data"
+    write_folder(data, count=2)
+    shutil.make_archive(str(data / "images"), "zip", data / "images")
+    shutil.rmtree(data / "images")
+    assert main([str(data), "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")]) == 1
+    printed = capsys.readouterr().err
+    assert "no such image file, but an archive beside the annotations: images.zip" in printed and "unpack" in printed
+
+
+def test_no_folder_of_this_machine_is_published(tmp_path):
+    """Whether the table names images by whole paths, as on this machine or on another, or they are damaged."""
+    write_folder(tmp_path / "data", count=4)
+    (tmp_path / "data" / "images" / "test_0.jpg").write_bytes(b"no image")
+    names = sorted(path.name for path in (tmp_path / "data" / "images").iterdir())
+    for number, folder in enumerate([f"{tmp_path}/data/images/", "C:\\Users\\me\\images\\", "/home/me/images/"]):
+        table, out = tmp_path / "data" / f"{number}.csv", tmp_path / f"out{number}"
+        table.write_text("\n".join(["image,caption", *(f"{folder}{name},a field {name}" for name in names)]))
+        options = ["--on_bad_rows", "skip", "--report", "--cache_dir", str(tmp_path / "cache")]
+        assert main([str(table), "--output_dir", str(out), *options]) == 0
+        pushed = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        assert not [path for path, content in pushed.items() if b"/images" in content or b"images\\" in content]
+        splits = datasets.load_dataset(str(out))
+        assert sorted(name for split in splits.values() for name in split["filename"]) == sorted(
+            set(names) - {"test_0.jpg"}
+        )
+        assert [bad["filename"] for bad in json.loads((out / "bad_rows.json").read_text())] == ["test_0.jpg"]
+
+
+def test_names_that_would_no_longer_differ_stay_whole():
+    rows = [{"filename": name} for name in ("/a/1.png", "/b/1.png", "b/1.png")]
+    prepare_datasets.shorten_names(rows)
+    assert [row["filename"] for row in rows] == ["/a/1.png", "/b/1.png", "b/1.png"]
+    prepare_datasets.shorten_names(
+        rows := [{"filename": "/a/x/1.png"}, {"filename": "/a/y/1.png"}, {"filename": "2.png"}]
+    )
+    assert [row["filename"] for row in rows] == ["x/1.png", "y/1.png", "2.png"]

@@ -303,8 +303,11 @@ def test_an_evaluation_judges_the_model_in_the_folder_and_saves_none(finished, s
     record = json.loads((finished / ".run.json").read_text())
     record["evaluation"][others[stage]] = None  # what this stage does not take
     (finished / ".run.json").write_text(json.dumps(record))
+    epochs = [json.loads(before[name]).get("epoch") for name in ("all_results.json", "eval_results.json")]
     run_retrieval.main([*options, stage])
     after = snapshot(finished)
+    assert json.loads(after["all_results.json"]).get("epoch") == epochs[0]  # of the training
+    assert json.loads(after["eval_results.json"]).get("epoch") in (epochs[1], None)
     results = {"all_results.json", "eval_results.json", "ranked.png", ".run.json", "bad_rows.json"}  # written again
     assert {name: before[name] for name in before.keys() - results} == {
         name: after[name] for name in after.keys() - results
@@ -331,6 +334,7 @@ def test_an_evaluation_without_a_model_stops_before_any_work(tmp_path):
         (["--use_cpu", "--dataset_name", "twins", "--do_predict"], "dataset_name was 'scenes' and is 'twins'"),
         (["--use_cpu", "--dataset_name", "scenes", "--protocol", "published", "--do_predict"], "protocol was"),
         (["--use_cpu", "--dataset_name", "scenes", "--do_predict", "--model_name_or_path", "OTHER"], "another model"),
+        ([*PREDICT, "--max_eval_samples", "6", "--do_predict", "--fit", "squash"], "fit was None and is 'squash'"),
     ],
 )
 def test_nothing_in_a_finished_folder_is_touched_by_another_run(finished, trained, monkeypatch, arguments, message):
@@ -365,7 +369,36 @@ def test_two_runs_never_train_into_one_folder(tmp_path):
     held = OutputFolder(tmp_path, training={}, evaluation={})
     with held.claimed():
         code, printed = command(*SMALL, "--max_steps", "1", "--output_dir", tmp_path)
-    assert code == 1 and "Another run is training into" in printed and "Traceback" not in printed
+    assert code == 1 and "Another run is writing to" in printed and "Traceback" not in printed
+    with held.claimed(), pytest.raises(ValueError, match="Another run is writing to"):  # nor evaluates
+        run_retrieval.main(["--use_cpu", "--do_predict", "--model_name_or_path", "x", "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("stage", ["--do_train", "--do_predict"])
+def test_an_output_folder_must_be_a_folder_that_can_be_written(tmp_path, stage):
+    (tmp_path / "file").write_text("mine")
+    options = ["--use_cpu", stage, *(["--model_name_or_path", "x"] if stage == "--do_predict" else [])]
+    with pytest.raises(ValueError, match="file is a file: --output_dir must be a folder"):
+        run_retrieval.main([*options, "--output_dir", str(tmp_path / "file")])
+    with pytest.raises(OSError, match="cannot be written: .* Pass another --output_dir"):
+        run_retrieval.main([*options, "--output_dir", str(tmp_path / "file" / "below")])
+    assert snapshot(tmp_path) == {"file": b"mine"}
+
+
+@pytest.mark.parametrize("option, first, second, file", [
+    ("rerank_top_k", "8", "16", "two_stage.json"), ("eval_datasets", "ucm=A", "ucm=B", "eval_datasets.json"),
+])  # fmt: skip
+def test_results_beside_the_test_split_are_replaced_by_the_same_options_alone(tmp_path, option, first, second, file):
+    def folder(*more):
+        options = ["--use_cpu", "--do_predict", "--model_name_or_path", "x", "--output_dir", str(tmp_path), *more]
+        return OutputFolder(tmp_path, **run_retrieval.deciding_options(*run_retrieval.parse_arguments(options)))
+
+    folder(f"--{option}", first).record()
+    (tmp_path / file).write_text("{}")
+    for same in ([f"--{option}", first], []):
+        assert folder(*same).find_model("x") == "x"
+    with pytest.raises(ValueError, match=f"{option} was .* Pass another --output_dir"):
+        folder(f"--{option}", second).find_model("x")
 
 
 # Options mean what they say -----------------------------------------------------------------------------------------
@@ -434,6 +467,8 @@ def test_settings_may_be_yaml(tmp_path):
     path.write_text("datset_name: ucm")
     with pytest.raises(ValueError, match="there is no option datset_name"):
         run_retrieval.parse_arguments([str(path)])
+    with pytest.raises(ValueError, match="run.yaml must be the only argument"):
+        run_retrieval.parse_arguments([str(path), "--output_dir", "x"])
 
 
 @pytest.mark.parametrize(

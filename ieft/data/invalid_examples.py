@@ -21,6 +21,7 @@ NOT_A_NAME = "a file name that is not text"
 NAMED_TWICE = "named before"
 TWO_SPLITS = "named before in another split"
 MISSING = "no such image file"
+PACKED = f"{MISSING}, but an archive beside the annotations"
 AMBIGUOUS = "which image file is meant is not known"
 UNREADABLE = "unreadable image"
 NOT_FETCHED = "cannot be downloaded"
@@ -35,6 +36,7 @@ REMEDIES = {
     NO_CAPTIONS: "write captions for the image, or leave it out of the annotations",
     TWO_SPLITS: "keep the image in one split, since it would be tested on what was trained on",
     NAMED_TWICE: "put all captions of an image into one entry",
+    PACKED: "unpack the archive, or pass it with the annotations in it",
     MISSING: "annotations and images must come from one source (RSICD is in circulation under two naming schemes)",
     AMBIGUOUS: "name the image with its folder, in the annotations",
     f"{UNREADABLE}: it has": "choose bands that there are with --bands",

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 from datasets.table import embed_table_storage
@@ -95,15 +96,10 @@ class PreparedFolder:
 
     def write(self, name, content):
         """Write a file of this run atomically, and record it."""
-        self.record(name, content if isinstance(content, bytes) else content.encode())
-
-    def record(self, name, content=None):
-        """Record a file as one of this run; with `content`, write it first."""
         path = self.folder / name
-        if content is not None:
-            unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-            unfinished.write_bytes(content)
-            unfinished.replace(path)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished.write_bytes(content if isinstance(content, bytes) else content.encode())
+        unfinished.replace(path)
         manifest = self._manifest() or {"run": self.run, "files": {}, "complete": None}
         manifest["files"][name] = _mark(path)
         self._save(manifest)
@@ -171,14 +167,20 @@ class PreparedFolder:
             return
         if not files:
             return
-        run = None
-        if MANIFEST in files:
-            path = api.hf_hub_download(repo_id, MANIFEST, repo_type="dataset")
-            run = _read_manifest(Path(path)).get("run")
-        if run != self.run:
+        fetch = partial(api.hf_hub_download, repo_id, repo_type="dataset")
+        manifest = _read_manifest(Path(fetch(MANIFEST))) if MANIFEST in files else {"run": None, "files": {}}
+        remedy = "Nothing was changed. Push to another repository, or pass --overwrite to replace its dataset."
+        if manifest["run"] != self.run:
             raise ValueError(
-                f"{repo_id} on the Hub holds files that this run did not push ({_shown(sorted(files))}). Nothing was "
-                "changed. Push to another repository, or pass --overwrite to replace its dataset."
+                f"{repo_id} on the Hub holds files that this run did not push ({_shown(sorted(files))}). {remedy}"
+            )
+        edited = [
+            name for name in OWN_FILES if name in files and _mark(Path(fetch(name))) != manifest["files"].get(name)
+        ]
+        edited += sorted(name for name in files if name.startswith("data/") and name not in manifest["files"])
+        if edited:
+            raise ValueError(
+                f"{repo_id} on the Hub was edited since this run pushed to it ({_shown(edited)}). {remedy}"
             )
 
     def push(self, repo_id, *, private=None):

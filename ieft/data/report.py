@@ -4,11 +4,11 @@ The facts are a dict, shown as text, PNG or JSON. Statistics of captions cover e
 whose image can be read.
 """
 
+import io
 import json
 import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -140,15 +140,16 @@ def _pairs(names):
 # The report ----------------------------------------------------------------------------------------------------------
 
 
-def save_report(title, rows, facts, folder):
-    """Save `report.txt`, `report.png` and, with every sentence and pair, `report.json`; return the text."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = report_text(title, facts)
-    (folder / "report.txt").write_text(text + "\n", encoding="utf-8")
-    (folder / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    report_picture(title, rows, facts).savefig(folder / "report.png", dpi=110)
-    return text
+def write_report(title, rows, facts):
+    """The files of a report as name -> content: `report.txt`, `report.png` and, with every sentence and pair,
+    `report.json`."""
+    picture = io.BytesIO()
+    report_picture(title, rows, facts).savefig(picture, dpi=110, format="png")
+    return {
+        "report.txt": f"{report_text(title, facts)}\n".encode(),
+        "report.json": f"{json.dumps(facts, indent=2)}\n".encode(),
+        "report.png": picture.getvalue(),
+    }
 
 
 def report_text(title, facts):

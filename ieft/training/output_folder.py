@@ -37,6 +37,10 @@ class OutputFolder:
         self.path = Path(path)
         self.training, self.evaluation = training, evaluation
 
+    def _check_folder(self):
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file: --output_dir must be a folder. Pass another one.")
+
     def find_checkpoint(self, wish):
         """The checkpoint that training resumes from, or None to start; and the corrupt ones that were skipped.
 
@@ -47,6 +51,7 @@ class OutputFolder:
             ValueError: if files in the folder would be overwritten, if the run in it had other options, or if the
                 requested checkpoint cannot be used.
         """
+        self._check_folder()
         wish = str(wish or "false")
         by_path = wish.lower() not in ("true", "false")
         if by_path and (damage := find_damage(wish) if Path(wish).is_dir() else "there is no such folder"):
@@ -72,6 +77,7 @@ class OutputFolder:
         Raises:
             ValueError: if there is none, or if results of another evaluation would be replaced.
         """
+        self._check_folder()
         has_model = (self.path / "config.json").is_file() and any(self.path.glob("model*.safetensors"))
         if source is None and not has_model:
             raise ValueError(
@@ -89,17 +95,20 @@ class OutputFolder:
 
     @contextmanager
     def claimed(self):
-        """Lock the folder against other training runs.
+        """Lock the folder against other runs.
 
         Raises:
             ValueError: if another run holds the lock.
+            OSError: if the folder cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
-            raise ValueError(f"Another run is training into {self.path} now. Pass another --output_dir.") from None
+            raise ValueError(f"Another run is writing to {self.path} now. Pass another --output_dir.") from None
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written: {error.strerror}. Pass another --output_dir.") from error
         try:
             yield
         finally:
