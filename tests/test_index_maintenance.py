@@ -26,6 +26,7 @@ from test_tiles import write_scene
 
 from ieft.data.locate import walk_files
 from ieft.evaluation.ranking import fingerprint
+from ieft.search import archive_files
 from ieft.search import index as index_module
 from ieft.search.archive_files import find_images
 from ieft.search.command import main
@@ -543,3 +544,19 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path, run, archive, monkeypatc
     with open(write, "w") as broken:
         monkeypatch.setattr(sys, "stdout", broken)
         assert run("export")[0] == 1
+
+
+def test_without_rasterio_places_are_missed_once_and_added_later(tmp_path, index, archive, monkeypatch, caplog):
+    for number in range(2):
+        pixels = np.random.default_rng(number).integers(0, 256, (3, 40, 60), np.uint8)
+        write_scene(archive / f"{number}.tif", pixels)
+    archive_files._warn_once.cache_clear()
+    with monkeypatch.context() as without:
+        for name in ("rasterio", "rasterio.io", "rasterio.enums", "rasterio.errors"):
+            without.setitem(sys.modules, name, None)
+        assert index.add(find_images(archive))["added"] == 2
+    assert [record.message for record in caplog.records] == [
+        "Places of GeoTIFFs cannot be read without rasterio: pip install 'ieft[geo]', and index again to add them."
+    ]
+    assert index.rows("north > 48") == []
+    assert index.add(find_images(archive))["added"] == 0 and len(index.rows("north > 48")) == 2
