@@ -178,7 +178,7 @@ def test_errors_say_what_to_do(index, tmp_path, loaded, archive):
         index.search("  ")
     with pytest.raises(ValueError, match="top_k"):
         index.shortlist(np.zeros(8), 0)
-    with pytest.raises(FileNotFoundError, match="there are none"):
+    with pytest.raises(FileNotFoundError, match="there is no "):
         find_images(tmp_path / "index" / "nothing")
 
 
