@@ -569,7 +569,7 @@ def test_what_app_needs_is_said(tmp_path, checkpoint, capsys):  # noqa: F811
     assert "IEFT_MODEL" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="No index at"):
         app.main(["--model", str(checkpoint), "--index", str(tmp_path / "none")])
-    with pytest.raises(SystemExit, match="there is no "):
+    with pytest.raises(SystemExit, match="there are none"):
         app.main(["--model", str(checkpoint), "--index", str(tmp_path / "none"), "--archive", str(tmp_path)])
 
 
