@@ -112,7 +112,7 @@ SMALL_RECIPE = {
     "eval_steps": 500,
     "save_steps": 500,
     "augmentation": "crops",
-    "contrastive_weight": 0.2,
+    "contrastive_weight": 1.0,
     "ranking_start": 0.05,
     "num_negatives": 63,
     "groups_per_step": 1,
