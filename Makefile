@@ -31,6 +31,7 @@ test: $(INSTALLED)  ## Run the tests, without network
 lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 lowest:  ## Try the lowest versions that setup.cfg declares, in an environment of their own (3 GB, minutes)
 	$(PYTHON) -m venv $(LOWEST)

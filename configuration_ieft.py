@@ -1,6 +1,8 @@
 """Configuration of an IEFT network, saved as `config.json`."""
 
+from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import ViltConfig
@@ -41,7 +43,7 @@ IS_HUB_CODE = "." in __name__  # loaded from a checkpoint, by a user who trusts 
 FURTHER_FIELDS = {"num_labels", "num_images", "max_image_length", "qkv_bias"}  # of ViLT and of transformers
 
 
-def check_spelling(given, known):
+def check_spelling(given: Iterable[str], known: Iterable[str]) -> None:
     """Raise a ValueError if a name in `given` is not in `known`, but almost.
 
     Other unknown names are left to transformers, which keeps them for its own use and for later versions.
@@ -154,18 +156,19 @@ class IeftConfig(ViltConfig):
                 f"{self.num_patches:,} and about {self.count_parameters():,}."
             )
 
-    def count_parameters(self):
+    def count_parameters(self) -> int:
         """About how many parameters the network has: its matrices, without biases and norms."""
         width, patches = self.hidden_size, self.num_patches
         embeddings = self.vocab_size + self.max_position_embeddings + self.type_vocab_size + patches
-        embeddings += self.modality_type_vocab_size + self.num_channels * self.patch_size**2 + 2 * self.contrastive_dim
+        patch = self.num_channels * int(self.patch_size) ** 2  # type: ignore[arg-type]
+        embeddings += self.modality_type_vocab_size + patch + 2 * self.contrastive_dim
         block = 4 * width**2 + 2 * width * self.intermediate_size
         gated = int(width * self.enhancement_expansion) * (3 * width + 18)
         stage = 4 * patches**2 + 2 * patches * int(patches * self.enhancement_mlp_ratio) + gated
         return width * embeddings + self.num_hidden_layers * block + len(self.enhancement_layers) * stage
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers'; what it sets after the fields of the file is checked too.
 
         Raises:
@@ -187,7 +190,7 @@ class IeftConfig(ViltConfig):
             raise OSError(f"{json_file} must hold a JSON object; it holds a {type(config_dict).__name__}.")
         return config_dict
 
-    def check_first_joint_layer(self):
+    def check_first_joint_layer(self) -> None:
         """Raise a ValueError unless it is one of the blocks; networks ask again, since `from_pretrained` sets its
         keyword arguments unseen."""
         if type(self.first_joint_layer) is not int or not 0 <= self.first_joint_layer < self.num_hidden_layers:
@@ -198,17 +201,17 @@ class IeftConfig(ViltConfig):
             )
 
     @property
-    def joins_last(self):
+    def joins_last(self) -> bool:
         """Whether blocks below the last read each side alone: then a pair is one question of the text CLS."""
         return 0 < self.first_joint_layer == self.num_hidden_layers - 1
 
     @property
-    def grid_size(self):
+    def grid_size(self) -> int:
         """Patches along one side of the image."""
-        return self.image_size // self.patch_size
+        return self.image_size // self.patch_size  # type: ignore[operator]  # both whole numbers by now
 
     @property
-    def num_patches(self):
+    def num_patches(self) -> int:
         """Patches of one image."""
         return self.grid_size**2
 

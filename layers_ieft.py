@@ -8,10 +8,11 @@ Dimension letters: I images, C captions, B pairs, L caption tokens, P patches (G
 Q query tokens, D hidden size, H heads, W width of the gated convolution.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -30,7 +31,12 @@ class IeftTextEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.text_layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids=None, token_type_ids=None, inputs_embeds=None):
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)  # (C, L, D)
         num_captions, length, _ = inputs_embeds.shape
@@ -57,7 +63,7 @@ class IeftPatchEmbeddings(nn.Module):
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
 
-    def forward(self, pixel_values):
+    def forward(self, pixel_values: Tensor) -> Tensor:
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != self.expected:
             raise ValueError(
                 f"pixel_values of shape (images, {', '.join(map(str, self.expected))}) expected; got "
@@ -79,21 +85,24 @@ class IeftEmbeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(config.modality_type_vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def embed_images(self, pixel_values):
+    def embed_images(self, pixel_values: Tensor) -> Tensor:
         patches = self.patch_embeddings(pixel_values)  # (I, P, D)
         tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)  # (I, 1+P, D)
         return self.dropout(tokens + self.position_embeddings)
 
-    def mark_captions(self, text_embeds):
+    def mark_captions(self, text_embeds: Tensor) -> Tensor:
         """Add the modality embedding of captions, row 0."""
         return text_embeds + self.token_type_embeddings.weight[0]
 
-    def mark_images(self, image_embeds):
+    def mark_images(self, image_embeds: Tensor) -> Tensor:
         """Add the modality embedding of images, row 1, to the image CLS too."""
         return image_embeds + self.token_type_embeddings.weight[1]
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def eager_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
+    dropout: float = 0.0, **kwargs: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention written out, for its probabilities: (B, H, Q, D/H) x (B, H, S, D/H) -> (B, Q, H, D/H)."""
     logits = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, H, Q, S)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
@@ -120,11 +129,14 @@ class IeftSelfAttention(nn.Module):
         self.key = nn.Linear(width, width, bias=config.qkv_bias)
         self.value = nn.Linear(width, width, bias=config.qkv_bias)
 
-    def split_heads(self, tokens):
+    def split_heads(self, tokens: Tensor) -> Tensor:
         """(B, S, D) -> (B, H, S, D/H)."""
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def attend(self, query, key, value, attention_mask=None, output_attentions=False):
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """(B, Q, D), (B, S, D), (B, S, D) -> context (B, Q, D) and, if asked, probabilities (B, H, Q, S)."""
         query, key, value = (self.split_heads(x) for x in (query, key, value))
         if attention_mask is not None:
@@ -143,7 +155,9 @@ class IeftSelfAttention(nn.Module):
         return context.flatten(2), probabilities  # (B, Q, D)
 
     @staticmethod
-    def attend_in_part(query, key, value, attention_mask=None):
+    def attend_in_part(
+        query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Attention to a part of the tokens, without dropout: (B, H, Q, D/H), (B, H, S, D/H) twice.
 
         The attention to two parts together is the mean of both contexts, weighted by the exponentials of both
@@ -170,7 +184,7 @@ class IeftResidualOutput(nn.Module):
         self.dense = nn.Linear(width_in, width_out)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.dropout(self.dense(hidden_states))
 
 
@@ -187,7 +201,7 @@ class IeftIntermediate(nn.Module):
         self.dense = nn.Linear(width, mlp_width)
         self.activation = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.activation(self.dense(hidden_states))
 
 
@@ -202,15 +216,16 @@ class IeftLayer(GradientCheckpointingLayer):
         self.layernorm_before = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.layernorm_after = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
-    def project(self, hidden_states, num_queries=None):
+    def project(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, D) -> query (B, Q, D), key and value (B, S, D); Q is S, or the first `num_queries` tokens."""
         normed = self.layernorm_before(hidden_states)
         attention = self.attention.attention
         return attention.query(normed[:, :num_queries]), attention.key(normed), attention.value(normed)
 
     def forward(
-        self, hidden_states, attention_mask=None, *, projected=None, num_queries=None, output_attentions=False
-    ):
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *,
+        projected: Sequence[Tensor] | None = None, num_queries: int | None = None, output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """One block. `projected` takes a query, key and value computed before; `num_queries` keeps the first tokens.
 
         Returns:
@@ -220,7 +235,7 @@ class IeftLayer(GradientCheckpointingLayer):
         context, probabilities = self.attention.attention.attend(query, key, value, attention_mask, output_attentions)
         return self.finish(hidden_states[:, :num_queries], context), probabilities
 
-    def finish(self, hidden_states, context):
+    def finish(self, hidden_states: Tensor, context: Tensor) -> Tensor:
         """What follows the attention, on tokens (..., D) each by itself."""
         hidden_states = hidden_states + self.attention.output(context)
         return hidden_states + self.output(self.intermediate(self.layernorm_after(hidden_states)))
@@ -238,7 +253,7 @@ class IeftGatedConvolution(nn.Module):
         self.depthwise = nn.Conv2d(2 * width, 2 * width, kernel_size=3, padding=1, groups=2 * width, bias=False)
         self.project_out = nn.Linear(width, config.hidden_size, bias=False)  # a 1x1 convolution
 
-    def forward(self, patches):
+    def forward(self, patches: Tensor) -> Tensor:
         grid = self.project_in(self.layernorm(patches)).transpose(1, 2)  # (B, 2W, P)
         grid = self.depthwise(grid.unflatten(2, (self.grid_size, self.grid_size)))  # (B, 2W, G, G)
         gate, content = grid.flatten(2).transpose(1, 2).chunk(2, dim=-1)  # each (B, P, W)
@@ -258,7 +273,7 @@ class IeftEnhancement(GradientCheckpointingLayer):
         )
         self.gated_convolution = IeftGatedConvolution(config)
 
-    def forward(self, patches):
+    def forward(self, patches: Tensor) -> Tensor:
         channels, _ = self.channel_attention(patches.transpose(1, 2))  # (B, D, P): channels are the tokens
         return self.gated_convolution(channels.transpose(1, 2))  # (B, P, D)
 
@@ -278,7 +293,7 @@ class IeftEncoder(nn.Module):
         self.enhancement = nn.ModuleList(IeftEnhancement(config) for _ in config.enhancement_layers)
         self.gradient_checkpointing = False
 
-    def enhance(self, block, hidden_states):
+    def enhance(self, block: int, hidden_states: Tensor) -> Tensor:
         """The stage before `block`, if there is one, on the last P tokens: (B, S, D) -> (B, S, D)."""
         if block not in self.enhancement_layers:
             return hidden_states
@@ -287,9 +302,10 @@ class IeftEncoder(nn.Module):
         return torch.cat([others, stage(patches)], dim=1)
 
     def forward(
-        self, hidden_states, attention_mask=None, *, blocks=None, has_image=True, is_enhanced=False, projected=None,
-        num_queries=None, output_attentions=False,
-    ):  # fmt: skip
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, blocks: range | None = None,
+        has_image: bool = True, is_enhanced: bool = False, projected: Sequence[Tensor] | None = None,
+        num_queries: int | None = None, output_attentions: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:  # fmt: skip
         """Some blocks, one after another.
 
         Args:
@@ -305,7 +321,8 @@ class IeftEncoder(nn.Module):
             The output (B, Q, D), the embeddings and each block's output, and each block's attention or None.
         """
         blocks = range(len(self.layer)) if blocks is None else blocks
-        all_hidden_states, attentions = (hidden_states,), ()
+        all_hidden_states: tuple[Tensor, ...] = (hidden_states,)
+        attentions: tuple[Tensor | None, ...] = ()
         for block in blocks:
             is_first, is_last = block == blocks[0], block == blocks[-1]
             if has_image and not (is_first and is_enhanced):
@@ -327,7 +344,7 @@ class IeftPooler(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return torch.tanh(self.dense(hidden_states[:, 0]))  # (B, D)
 
 
@@ -346,20 +363,20 @@ class Prepared(NamedTuple):
         log_sum: (N, H) logarithm of the weight that it found it with.
     """
 
-    hidden: torch.Tensor | None = None
-    query: torch.Tensor | None = None
-    key: torch.Tensor | None = None
-    value: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
-    context: torch.Tensor | None = None
-    log_sum: torch.Tensor | None = None
+    hidden: Tensor | None = None
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    attention_mask: Tensor | None = None
+    context: Tensor | None = None
+    log_sum: Tensor | None = None
 
-    def take(self, rows):
+    def take(self, rows: Any) -> "Prepared":
         """The same for some rows: an index tensor of any shape, a list or a slice."""
         return Prepared(*(None if x is None else x[rows] for x in self))
 
 
-def pair_attentions(text, image, pair_images, pair_captions):
+def pair_attentions(text: Tensor, image: Tensor, pair_images: Tensor | None, pair_captions: Tensor | None) -> Tensor:
     """Attentions within captions (C, H, L, L) and within images (I, H, 1+P, 1+P), as those of pairs (B, H, S, S)."""
     text = text if pair_captions is None else text[pair_captions]
     image = image if pair_images is None else image[pair_images]

@@ -5,10 +5,12 @@ letters: see `layers_ieft.py`; E is the size of the contrastive embeddings.
 """
 
 import math
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ViltModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
@@ -48,13 +50,13 @@ class IeftRetrievalOutput(ModelOutput):
         attentions: one (B, H, S, S) per block, rows summing to 1, with `output_attentions`.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    image_features: torch.Tensor | None = None
-    text_features: torch.Tensor | None = None
-    similarity_scale: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    image_features: Tensor | None = None
+    text_features: Tensor | None = None
+    similarity_scale: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -66,15 +68,15 @@ class IeftModelOutput(BaseModelOutputWithPooling):
         image_states: (I, 1+P, D) images as they enter it.
     """
 
-    text_states: torch.Tensor | None = None
-    image_states: torch.Tensor | None = None
+    text_states: Tensor | None = None
+    image_states: Tensor | None = None
 
 
 class IeftPreTrainedModel(PreTrainedModel):
     config: IeftConfig
     config_class = IeftConfig
     base_model_prefix = "vilt"  # plain ViLT checkpoints load into it
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # as ViltModel has it
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["IeftEmbeddings", "IeftLayer", "IeftEnhancement"]
@@ -89,16 +91,19 @@ class IeftPreTrainedModel(PreTrainedModel):
         elif isinstance(module, IeftForImageTextRetrieval) and module.config.contrastive_dim:
             init.constant_(module.logit_scale, math.log(1 / 0.07))  # as CLIP
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As transformers', and the code that `trust_remote_code=True` runs where this project is not installed."""
         self.config.auto_map = dict(AUTO_CLASSES)
         self.config.custom_pipelines = {"image-text-retrieval": dict(PIPELINE)}
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
         save_pipeline_code(self, save_directory)
 
 
 class IeftModel(IeftPreTrainedModel, ViltModel):
     """The network without ranking head. In eval mode equal inputs give equal outputs: patches keep raster order."""
+
+    embeddings: IeftEmbeddings
+    encoder: IeftEncoder
 
     def __init__(self, config, add_pooling_layer=True):
         PreTrainedModel.__init__(self, config)  # ViltModel's own would build modules that IEFT replaces
@@ -108,13 +113,18 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
         self.pooler = IeftPooler(config) if add_pooling_layer else None
         self.post_init()
 
-    def embed_captions(self, input_ids=None, token_type_ids=None, inputs_embeds=None):
+    def embed_captions(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
         """(C, L) ids, or (C, L, D) word embeddings -> (C, L, D), the modality embedding not yet added."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Captions expected as exactly one of input_ids and inputs_embeds.")
         return self.embeddings.text_embeddings(input_ids, token_type_ids, inputs_embeds)
 
-    def embed_images(self, pixel_values=None, image_embeds=None):
+    def embed_images(self, pixel_values: Tensor | None = None, image_embeds: Tensor | None = None) -> Tensor:
         """(I, 3, image_size, image_size) in [-1, 1] -> `image_embeds` (I, 1+P, D), the modality not yet added."""
         if (pixel_values is None) == (image_embeds is None):
             raise ValueError("Images expected as exactly one of pixel_values and image_embeds.")
@@ -128,7 +138,9 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
             )
         return image_embeds
 
-    def encode(self, hidden_states, attention_mask=None, **options):
+    def encode(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple]:
         """Blocks and final LayerNorm on (B, S, D) marked tokens; `attention_mask` (B, S) is 1 on real tokens.
 
         Returns:
@@ -139,7 +151,10 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
         last, all_hidden_states, attentions = self.encoder(hidden_states, attention_mask, **options)
         return self.layernorm(last), all_hidden_states, attentions
 
-    def read_alone(self, hidden_states, attention_mask=None, *, has_image=True, output_attentions=False):
+    def read_alone(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, has_image: bool = True,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple]:  # fmt: skip
         """One side of pairs, (N, T, D) marked tokens, up to the first joint block: also the stage before that has run.
 
         Returns:
@@ -155,10 +170,13 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
         return self.encoder.enhance(join, last) if has_image else last, all_hidden_states, attentions
 
     def forward(
-        self, input_ids=None, attention_mask=None, token_type_ids=None, pixel_values=None, pixel_mask=None,
-        inputs_embeds=None, image_embeds=None, *, pair_images=None, pair_captions=None, num_queries=None,
-        output_attentions=None, output_hidden_states=None, return_dict=None, **kwargs,
-    ):  # fmt: skip
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, pixel_values: Tensor | None = None, pixel_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None, image_embeds: Tensor | None = None, *,
+        pair_images: Tensor | None = None, pair_captions: Tensor | None = None, num_queries: int | None = None,
+        output_attentions: bool | None = None, output_hidden_states: bool | None = None,
+        return_dict: bool | None = None, **kwargs: Any,
+    ) -> IeftModelOutput | tuple:  # fmt: skip
         """Captions with images, row by row, or in any pairing.
 
         Args:
@@ -260,10 +278,13 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, input_ids=None, attention_mask=None, token_type_ids=None, pixel_values=None, pixel_mask=None,
-        inputs_embeds=None, image_embeds=None, *, pair_images=None, pair_captions=None, labels=None,
-        output_features=False, output_attentions=None, output_hidden_states=None, return_dict=None, **kwargs,
-    ):  # fmt: skip
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, pixel_values: Tensor | None = None, pixel_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None, image_embeds: Tensor | None = None, *,
+        pair_images: Tensor | None = None, pair_captions: Tensor | None = None, labels: Tensor | None = None,
+        output_features: bool = False, output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None, return_dict: bool | None = None, **kwargs: Any,
+    ) -> IeftRetrievalOutput | tuple:  # fmt: skip
         """Matching scores; arguments and errors as `IeftModel.forward`.
 
         Args:
@@ -354,7 +375,10 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
             )
         return nn.functional.binary_cross_entropy_with_logits(logits, labels)
 
-    def get_image_features(self, pixel_values=None, image_embeds=None, *, image_states=None):
+    def get_image_features(
+        self, pixel_values: Tensor | None = None, image_embeds: Tensor | None = None, *,
+        image_states: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Images read alone by the same network: unit vectors (I, E), to be compared with captions' by dot product.
 
         With `first_joint_layer` above 0 they are read where the pairs join, so that the `image_states` of scoring,
@@ -367,8 +391,10 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
         return self._project_alone(self.image_projection, image)
 
     def get_text_features(
-        self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None, *, text_states=None
-    ):
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, *,
+        text_states: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Captions read alone by the same network: unit vectors (C, E); as `get_image_features`."""
         self._require_contrastive_heads()
         if text_states is not None:
@@ -389,7 +415,7 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
             )
         return nn.functional.normalize(projection(self.vilt.layernorm(states[:, 0])), dim=-1)
 
-    def similarity_scale(self):
+    def similarity_scale(self) -> Tensor:
         """The learned factor on dot products of features in the contrastive loss, in (0, 100]."""
         self._require_contrastive_heads()
         return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
@@ -406,7 +432,7 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
         """Whether `score_groups` computes what the blocks would: it has no dropout of attention probabilities."""
         return self.config.joins_last and not (self.training and self.config.attention_probs_dropout_prob)
 
-    def read_images(self, pixel_values):
+    def read_images(self, pixel_values: Tensor | None) -> Tensor:
         """(I, 3, image_size, image_size) -> the states (I, 1+P, D) that enter the first joint block.
 
         All that scoring needs to know of an image; with `first_joint_layer` above 0 its embedding is in it too.
@@ -423,7 +449,7 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
         text = self.vilt.embed_captions(input_ids, token_type_ids, inputs_embeds)
         return self.vilt.read_alone(self.vilt.embeddings.mark_captions(text), attention_mask, has_image=False)[0]
 
-    def prepare_images(self, pixel_values=None, *, image_states=None):
+    def prepare_images(self, pixel_values: Tensor | None = None, *, image_states: Tensor | None = None) -> Prepared:
         """The image side of scoring, once per image, from pixels or from what `read_images` gave: `Prepared`."""
         states = self.read_images(pixel_values) if image_states is None else image_states
         layer = self.vilt.encoder.layer[self.config.first_joint_layer]
@@ -433,7 +459,10 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
         key, value = (attention.split_heads(each(normed)).contiguous() for each in (attention.key, attention.value))
         return Prepared(key=key, value=value)
 
-    def prepare_captions(self, input_ids=None, attention_mask=None, *, text_states=None):
+    def prepare_captions(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *,
+        text_states: Tensor | None = None,
+    ) -> Prepared:  # fmt: skip
         """The caption side of scoring, once per caption: (C, L), with a mask where some are padded -> `Prepared`."""
         states = self._text_states(input_ids, attention_mask) if text_states is None else text_states
         layer = self.vilt.encoder.layer[self.config.first_joint_layer]
@@ -445,7 +474,7 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
         context, log_sum = attention.attend_in_part(*heads, attention_mask)  # (C, H, 1, D/H), (C, H, 1)
         return Prepared(states[:, 0], query[:, 0], context=context.flatten(1), log_sum=log_sum[..., 0])
 
-    def score_prepared(self, captions, images):
+    def score_prepared(self, captions: Prepared, images: Prepared) -> Tensor:
         """Matching scores of pairs whose halves were prepared; equal to the plain forward pass.
 
         Args:
@@ -473,7 +502,7 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
         )
         return self.rank_output(self.vilt.pooler(first))[:, 0]  # (B,)
 
-    def score_groups(self, captions, images):
+    def score_groups(self, captions: Prepared, images: Prepared) -> Tensor:
         """Matching scores of each image with its own group of captions, where the last block alone is joint.
 
         Keys and values of an image are read once for its group and never copied.

@@ -1,9 +1,11 @@
 """The transformers pipeline "image-text-retrieval": ranks captions for an image, or images for a caption."""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image
-from transformers import Pipeline
+from transformers import Pipeline, ProcessorMixin
 
 try:
     from .ranking_ieft import CANDIDATES_AT_ONCE, find_processor, rank_candidates
@@ -21,12 +23,15 @@ def _is_one_query(query):
 class ImageTextRetrievalPipeline(Pipeline):
     """`rank_candidates` as `pipeline("image-text-retrieval", model=folder, trust_remote_code=True)`."""
 
-    _load_processor = True
-    _load_image_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    _load_processor = True  # type: ignore[assignment]  # transformers declares them None
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_tokenizer = False  # type: ignore[assignment]
+    processor: ProcessorMixin
 
-    def __call__(self, image_or_caption, candidates, *, top_k=None, batch_size=None):
+    def __call__(  # type: ignore[override]  # of two arguments
+        self, image_or_caption: Any, candidates: Sequence, *, top_k: int | None = None, batch_size: int | None = None
+    ) -> list:
         """Rank candidates for one query, or for each of several.
 
         Args:
@@ -52,7 +57,7 @@ class ImageTextRetrievalPipeline(Pipeline):
         return [super(ImageTextRetrievalPipeline, self).__call__({"query": query, "candidates": candidates}, **options)
                 for query in image_or_caption]  # fmt: skip
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save the whole checkpoint: weights, code and processor."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
@@ -61,14 +66,14 @@ class ImageTextRetrievalPipeline(Pipeline):
         options = {"top_k": top_k, "candidates_at_once": candidates_at_once}
         return {}, {name: value for name, value in options.items() if value is not None}, {}
 
-    def preprocess(self, inputs):
-        return inputs  # images are opened when they are scored, so that not all are in memory at once
+    def preprocess(self, input_: Any, **preprocess_parameters: Any) -> Any:
+        return input_  # images are opened when they are scored, so that not all are in memory at once
 
     def _forward(self, inputs, **options):
         return rank_candidates(self.model, self.processor, inputs["query"], inputs["candidates"], **options)
 
-    def postprocess(self, ranked):
-        return ranked
+    def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> Any:
+        return model_outputs
 
 
 __all__ = ["ImageTextRetrievalPipeline", "find_processor", "rank_candidates"]

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -70,7 +71,9 @@ BENCHMARKS = {
 HUB_COPIES = {"rsicd": "arampacha/rsicd"}
 
 
-def load_retrieval_dataset(name_or_path, data_dir=None, **options):
+def load_retrieval_dataset(
+    name_or_path: str | os.PathLike, data_dir: str | os.PathLike | None = None, **options: Any
+) -> datasets.DatasetDict:
     """Load the splits of a collection.
 
     Args:

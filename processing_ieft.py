@@ -8,6 +8,8 @@ import base64
 import io
 import os
 import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import httpx
 import numpy as np
@@ -49,10 +51,12 @@ UPRIGHT = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-FULL_READER = None  # reads files that Pillow would distort: path or bytes -> PIL RGB
+FULL_READER: Callable[..., Image.Image] | None = (
+    None  # reads files that Pillow would distort: path or bytes -> PIL RGB
+)
 
 
-def stretch_to_bytes(band):
+def stretch_to_bytes(band: Any) -> np.ndarray:
     """Stretch a band (H, W) of any number type to uint8: its 2nd to 98th percentile of finite pixels become 0 to 255.
 
     A band without contrast becomes black where it is 0 and mid-grey elsewhere; non-finite pixels become black.
@@ -70,14 +74,14 @@ def stretch_to_bytes(band):
     return (scaled.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def open_lazily(file):
+def open_lazily(file: str | os.PathLike | bytes) -> Image.Image:
     """Open an image file (path or bytes) with PIL if its format is one of `FORMATS`, without reading its pixels."""
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]
     return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
 
 
-def is_faithful(image):
+def is_faithful(image: Any) -> bool:
     """Whether Pillow reads an opened file without losing or distorting what the network could see."""
     if getattr(image, "format", None) != "TIFF":
         return getattr(image, "format", None) != "JPEG2000" and not _keeps_upper_byte(image)
@@ -114,13 +118,13 @@ def _has_mask(image):
     return found
 
 
-def check_bands(bands, count):
+def check_bands(bands: Sequence[int], count: int) -> None:
     """Raise a ValueError if an image of `count` bands lacks a requested one."""
     if max(bands) > count:
         raise ValueError(f"it has bands 1 to {count}; band {max(bands)} was asked for")
 
 
-def open_picture(file):
+def open_picture(file: str | os.PathLike | bytes) -> Image.Image:
     """Read an image file (path or bytes) as PIL RGB.
 
     Raises:
@@ -190,7 +194,7 @@ def _is_file(source):
         return False
 
 
-def to_rgb(image):
+def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a PIL image of any mode to 8-bit RGB, with its EXIF orientation applied.
 
     16-bit, 32-bit and float images are stretched by percentiles (`stretch_to_bytes`), since PIL's conversion would
@@ -224,7 +228,7 @@ def _upright(image):
     return turned
 
 
-def is_unit_float(array):
+def is_unit_float(array: Any) -> bool:
     """Whether an array is of floats in [0, 1], as torchvision's ToTensor and most networks have them; NaN may be
     among them."""
     array = np.ma.getdata(array)
@@ -234,7 +238,7 @@ def is_unit_float(array):
     return array.size > 0 and float(array.min()) >= 0 and float(array.max()) <= 1
 
 
-def array_to_rgb(array):
+def array_to_rgb(array: Any) -> Image.Image:
     """An array (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 bands -> PIL RGB.
 
     Bytes are taken as they are, floats in [0, 1] as bytes divided by 255; any others are stretched band by band. What
@@ -253,7 +257,7 @@ def array_to_rgb(array):
             f"An image array of numbers of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 bands expected; got "
             f"{array.shape} of {array.dtype}. Choose three bands first."
         )
-    is_data, array = ~np.ma.getmaskarray(array).all(axis=2), np.ma.getdata(array)
+    is_data, array = np.logical_not(np.ma.getmaskarray(array).all(axis=2)), np.ma.getdata(array)
     if array.shape[2] == 4:
         alpha = array[:, :, 3]
         if ((alpha != 0) & (alpha != alpha.max())).mean() > MOST_PARTLY_TRANSPARENT:
@@ -274,7 +278,7 @@ def array_to_rgb(array):
     return to_rgb(Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array))
 
 
-def image_to_rgb(image):
+def image_to_rgb(image: Any) -> Image.Image:
     """Convert a PIL image or array to PIL RGB. A file that Pillow opened but would distort is read again by path.
 
     Raises:
@@ -331,12 +335,12 @@ class IeftImageProcessor(BaseImageProcessor):
         self.fit = fit
 
     @property
-    def image_size(self):
+    def image_size(self) -> int:
         """Side length of the output in pixels."""
         return self.size["height"]
 
     @image_size.setter
-    def image_size(self, side):
+    def image_size(self, side: int) -> None:
         side = _side(side)
         self.size = {"height": side, "width": side}
 
@@ -355,17 +359,19 @@ class IeftImageProcessor(BaseImageProcessor):
             raise ValueError(f"image_std must not hold 0; got {image_std!r}.")
 
     @classmethod
-    def from_pretrained(cls, source, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, with a ValueError if the file holds no valid processor."""
         try:
-            return super().from_pretrained(source, *args, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except OSError:
             raise
         except Exception as error:  # for malformed content, transformers raises any kind of error
-            raise ValueError(f"{source} holds no image processor that can be read: {error}") from error
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds no image processor that can be read: {error}"
+            ) from error
 
     @classmethod
-    def from_dict(cls, image_processor_dict, **kwargs):
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers, but a misspelt option is a ValueError."""
         check_spelling(kwargs, ("image_size", *IMAGE_OPTIONS))
         return super().from_dict(image_processor_dict, **kwargs)
@@ -373,7 +379,7 @@ class IeftImageProcessor(BaseImageProcessor):
     def __call__(self, images, **kwargs):
         return self.preprocess(images, **kwargs)
 
-    def preprocess(self, images, return_tensors="pt", **kwargs):
+    def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
         """One image or a list: PIL, arrays, tensors, paths or URLs.
 
         Args:
@@ -396,7 +402,7 @@ class IeftImageProcessor(BaseImageProcessor):
             raise ValueError("Images of different sizes cannot be stacked into one tensor: keep do_resize=True.")
         return BatchFeature({"pixel_values": np.stack(pixels)}, return_tensors)
 
-    def fetch_images(self, images):
+    def fetch_images(self, images: Any) -> Any:
         """Read paths, URLs, base64, bytes and open files with `open_picture`; PIL images and arrays stay as they are.
 
         Raises:
@@ -433,11 +439,11 @@ class IeftImageProcessor(BaseImageProcessor):
             rgb = fit_square(rgb, _side(settings["size"]), settings["fit"])
         return scale_pixels(np.asarray(rgb), settings)
 
-    def scale_pixels(self, square):
+    def scale_pixels(self, square: np.ndarray) -> np.ndarray:
         """uint8 (image_size, image_size, 3) -> float32 (3, image_size, image_size), in [-1, 1] by default."""
         return scale_pixels(square, vars(self))
 
-    def fit_square(self, image):
+    def fit_square(self, image: Image.Image) -> Image.Image:
         """Resize a PIL RGB image to `image_size` x `image_size`, by the processor's `fit`."""
         return fit_square(image, self.image_size, self.fit)
 
@@ -456,7 +462,7 @@ def _side(size):
     return side
 
 
-def fit_square(image, side, fit):
+def fit_square(image: Image.Image, side: int, fit: str) -> Image.Image:
     """Resize a PIL RGB image to `side` x `side`: cropped ("crop") or with another aspect ratio ("squash")."""
     if image.size == (side, side):
         return image
@@ -465,7 +471,7 @@ def fit_square(image, side, fit):
     return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
 
 
-def scale_pixels(pixels, settings):
+def scale_pixels(pixels: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
     """uint8 (H, W, 3) -> float32 (3, H, W), rescaled and normalized by an image processor's settings."""
     pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
     names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
@@ -479,7 +485,7 @@ def scale_pixels(pixels, settings):
     return pixels
 
 
-def check_text(captions):
+def check_text(captions: Sequence[str]) -> None:
     """Check that captions are strings that can be encoded as UTF-8, as the tokenizer needs.
 
     Raises:
@@ -501,8 +507,10 @@ class IeftImagesKwargs(ImagesKwargs, total=False):
 
 
 class IeftProcessorKwargs(ProcessingKwargs, total=False):
-    images_kwargs: IeftImagesKwargs
-    _defaults = {"text_kwargs": {"padding": True, "truncation": True, "return_token_type_ids": False}}
+    images_kwargs: IeftImagesKwargs  # type: ignore[misc]  # as the processors of transformers
+    _defaults = {  # type: ignore[misc]
+        "text_kwargs": {"padding": True, "truncation": True, "return_token_type_ids": False}
+    }
 
 
 class IeftProcessor(ProcessorMixin):
@@ -521,7 +529,9 @@ class IeftProcessor(ProcessorMixin):
         self.max_caption_tokens = max_caption_tokens
         super().__init__(image_processor, tokenizer, **kwargs)
 
-    def __call__(self, images=None, text=None, *, return_tensors="pt", **kwargs):
+    def __call__(
+        self, images: Any = None, text: Any = None, *, return_tensors: str | None = "pt", **kwargs: Any
+    ) -> BatchFeature:
         """Convert images, captions, or both.
 
         Args:
@@ -574,7 +584,7 @@ class IeftProcessor(ProcessorMixin):
 
 
 # A processor finds the class of its image processor through this table; it is the same for every backend.
-BACKENDS = dict.fromkeys(("pil", "torchvision"), IeftImageProcessor)
+BACKENDS: dict[str, type] = dict.fromkeys(("pil", "torchvision"), IeftImageProcessor)
 AutoImageProcessor.register(IeftConfig, image_processor_classes=BACKENDS, exist_ok=True)
 IeftImageProcessor.register_for_auto_class()
 IeftProcessor.register_for_auto_class()

@@ -6,13 +6,14 @@
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from transformers.utils import cached_file
 
@@ -32,7 +33,12 @@ IS_HUB_CODE = "." in __name__
 class RankingMixin:
     """`rank` and `push_to_hub` for a network with `prepare_images`, `prepare_captions` and `score_prepared`."""
 
-    def rank(self, image_or_caption, candidates, top_k=None, *, processor=None):
+    save_pretrained: Any  # the network's
+
+    def rank(
+        self, image_or_caption: Any, candidates: Sequence, top_k: int | None = None, *,
+        processor: IeftProcessor | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """Rank captions for an image, or images for a caption, best first.
 
         Args:
@@ -51,8 +57,9 @@ class RankingMixin:
         return rank_candidates(self, processor, image_or_caption, candidates, top_k=top_k)
 
     def push_to_hub(
-        self, repo_id, *, processor=None, model_card=None, private=None, token=None, overwrite=False, **kwargs
-    ):
+        self, repo_id: str, *, processor: IeftProcessor | None = None, model_card: str | None = None,
+        private: bool | None = None, token: str | bool | None = None, overwrite: bool = False, **kwargs: Any,
+    ) -> CommitInfo:  # fmt: skip
         """Push weights, code, processor and model card in one commit.
 
         Args:
@@ -82,7 +89,7 @@ class RankingMixin:
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
 
-def refuse_to_replace(api, repo_id, *, revision=None, pushed=None):
+def refuse_to_replace(api: HfApi, repo_id: str, *, revision: str | None = None, pushed: str | None = None) -> None:
     """Leave a repository alone that holds files, other than those of the commit that was pushed here last.
 
     Args:
@@ -105,7 +112,7 @@ def refuse_to_replace(api, repo_id, *, revision=None, pushed=None):
         )
 
 
-def find_processor(model):
+def find_processor(model: Any) -> IeftProcessor:
     """Load the processor saved beside a model's weights, from the folder or Hub repository the model came from.
 
     Raises:
@@ -119,7 +126,7 @@ def find_processor(model):
     return IeftProcessor.from_pretrained(origin, trust_remote_code=IS_HUB_CODE)
 
 
-def find_model_card(model):
+def find_model_card(model: Any) -> str:
     """The text of the model card saved beside a model's weights.
 
     Raises:
@@ -135,14 +142,15 @@ def find_model_card(model):
     return Path(page).read_text(encoding="utf-8")
 
 
-def save_pipeline_code(model, folder):
+def save_pipeline_code(model: Any, folder: str | os.PathLike) -> None:
     """Copy the pipeline's file into a saved folder, whose `config.json` names it.
 
     Nothing that the network imports needs this file, so transformers does not copy it by itself, and fetches it from
     the Hub only where a pipeline is made.
     """
-    source = Path(__file__).with_name(PIPELINE_FILE)
-    if not source.is_file():
+    beside = Path(__file__).with_name(PIPELINE_FILE)
+    source: str | Path | None = beside
+    if not beside.is_file():
         try:
             source = cached_file(model.config._name_or_path, PIPELINE_FILE)
         except OSError:  # the model was made in memory, its folder is gone, or the Hub cannot be reached
@@ -157,7 +165,7 @@ def save_pipeline_code(model, folder):
 
 
 @contextmanager
-def evaluation_mode(model):
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """The model in evaluation mode; each module's own mode is restored afterwards, also after an error."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -168,7 +176,10 @@ def evaluation_mode(model):
             module.training = training
 
 
-def rank_candidates(model, processor, query, candidates, *, top_k=None, candidates_at_once=CANDIDATES_AT_ONCE):
+def rank_candidates(
+    model: Any, processor: IeftProcessor, query: Any, candidates: Sequence, *, top_k: int | None = None,
+    candidates_at_once: int = CANDIDATES_AT_ONCE,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Candidates by their matching score with the query, best first; equal scores keep their order.
 
     Args:

@@ -43,7 +43,7 @@ PIPELINE_REGISTRY.register_pipeline(
 
 # A configuration names the pipeline's code in its checkpoint, for which transformers asks trust_remote_code. Here the
 # pipeline is registered: the name stays in what is saved, and is not shown to transformers.
-IeftConfig.custom_pipelines = property(
+IeftConfig.custom_pipelines = property(  # type: ignore[attr-defined]
     lambda config: {}, lambda config, pipelines: config.__dict__.update(custom_pipelines=pipelines)
 )
 

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import math
+import os
 import platform
 import re
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
 
@@ -49,7 +52,10 @@ LAST_PUSH = ".pushed.json"  # repository -> the commit that a folder was pushed 
 MARK = re.compile(r"\n<!-- Written by ieft, (\w{64})\. Without this line the card is kept as it is\. -->\n$")
 
 
-def write_model_card(folder, results=None, *, repo_id=None, base_model=None, training_arguments=None):
+def write_model_card(
+    folder: str | os.PathLike, results: Mapping[str, Any] | None = None, *, repo_id: str | None = None,
+    base_model: str | None = None, training_arguments: Mapping[str, Any] | None = None,
+) -> Path:  # fmt: skip
     """`README.md` of a saved folder, from the template `model_card.md`. What was not measured does not appear.
 
     Args:
@@ -84,15 +90,16 @@ def write_model_card(folder, results=None, *, repo_id=None, base_model=None, tra
     return path
 
 
-def is_generated(card):
+def is_generated(card: str) -> bool:
     """Whether a card's text is as `write_model_card` wrote it."""
     found = MARK.search(card)
-    return bool(found) and hashlib.sha256(card[: found.start()].strip().encode()).hexdigest() == found.group(1)
+    return found is not None and hashlib.sha256(card[: found.start()].strip().encode()).hexdigest() == found.group(1)
 
 
 def render_model_card(
-    config, results=None, *, repo_id, base_model=None, training_arguments=None, has_ranking_picture=False
-):
+    config: IeftConfig, results: Mapping[str, Any] | None = None, *, repo_id: str, base_model: str | None = None,
+    training_arguments: Mapping[str, Any] | None = None, has_ranking_picture: bool = False,
+) -> str:  # fmt: skip
     """The text of a model card with its metadata; arguments as `write_model_card`."""
     measured = {name: value for name, value in (results or {}).items() if _is_measured(value)}
     on_github = base_model if GITHUB_FILE.fullmatch(str(base_model)) else None
@@ -107,7 +114,7 @@ def render_model_card(
         pipeline_tag="zero-shot-image-classification",  # the Hub's nearest: sentences compete for an image
         tags=["ieft", "image-text-retrieval", "remote-sensing"],
         base_model=base_model,
-        datasets=[dataset] if is_hub_id(dataset) else None,
+        datasets=[dataset] if dataset and is_hub_id(dataset) else None,
         **({"metrics": ["recall"], "model_name": title, "eval_results": eval_results} if eval_results else {}),
     )
     card = ModelCard.from_template(
@@ -122,7 +129,7 @@ def render_model_card(
         num_captions=measured.get("num_captions"),
         dataset=dataset,
         protocol=measured.get("protocol"),
-        protocol_sentence=PROTOCOLS.get(measured.get("protocol")),
+        protocol_sentence=PROTOCOLS.get(str(measured.get("protocol"))),
         training_arguments=training_arguments,
         has_ranking_picture=has_ranking_picture,
         network=_network_facts(config),
@@ -134,12 +141,12 @@ def render_model_card(
     return card.content
 
 
-def is_hub_id(name):
+def is_hub_id(name: Any) -> bool:
     """Whether a name is "user/name", and no file or folder of this machine."""
     return bool(name and HUB_ID.fullmatch(str(name)) and not Path(name).exists())
 
 
-def name_dataset(name):
+def name_dataset(name: str | None) -> str | None:
     """What a card calls a dataset: a Hub id or a known name as it is, a user's own file or folder by no name."""
     if name is None:
         return None
@@ -202,8 +209,9 @@ def _versions():
 
 
 def push_folder(
-    folder, repo_id, *, private=None, token=None, revision=None, commit_message="Upload IEFT", overwrite=False
-):
+    folder: str | os.PathLike, repo_id: str, *, private: bool | None = None, token: str | bool | None = None,
+    revision: str | None = None, commit_message: str = "Upload IEFT", overwrite: bool = False,
+) -> str:  # fmt: skip
     """Push a saved folder as one commit: weights, code, processor, model card, results. Files that do not belong to
     the checkpoint stay, and so do paths of this machine.
 
@@ -240,7 +248,9 @@ def push_folder(
     return commit.commit_url
 
 
-def check_repository(folder, repo_id, *, token=None, revision=None):
+def check_repository(
+    folder: str | os.PathLike, repo_id: str, *, token: str | bool | None = None, revision: str | None = None
+) -> None:
     """Check that a repository is new, empty, or as this folder was pushed to it last.
 
     Raises:

@@ -201,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
         if name not in self.hub.commits:
             return self.send_error_code(404, "RepoNotFound", "no such repository")
         sha = self.hub.commits[name][-1][0] if revision == "main" else revision
-        content = self.hub.files(name, sha).get(path)
+        content = (self.hub.files(name, sha) or {}).get(path)
         if content is None:
             return self.send_error_code(404, "EntryNotFound", "no such file")
         self.send(content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=sha)
@@ -221,7 +221,7 @@ ROUTES = [
     ("GET", rf"/api/{KIND}/{NAME}/revision/(?P<revision>[^/]+)", Handler.describe),
     ("GET", rf"/api/{KIND}/{NAME}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", Handler.tree),
     ("POST", rf"/api/{KIND}/{NAME}/paths-info/(?P<revision>[^/]+)", Handler.paths_info),
-    (("GET", "HEAD"), rf"/(?:datasets/)?{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
+    (("GET", "HEAD"), rf"/(?:datasets/|spaces/)?{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
 ]
 
 

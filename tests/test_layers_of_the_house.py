@@ -1,6 +1,8 @@
-"""Tests of the import rules: packages are layers, and a package imports only lower layers."""
+"""Tests of the import rules: packages are layers, and a package imports only lower layers, as `docs` draws them."""
 
 import ast
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,48 @@ BELOW = {
 def test_imports_of_hub_files_point_down(module):
     targets = {name.partition(".")[0] for name in imported(modules()[module])} & HUB_FILES
     assert targets <= BELOW[module]
+
+
+# The drawing in docs/architecture.md ---------------------------------------------------------------------------------
+
+
+def box_of(module):
+    """The box of the drawing that a module is in, or None for a library."""
+    package = package_of(module)
+    if package in MAY_IMPORT:
+        return package
+    return {"Hub file": "hub_files", "": "ieft"}.get(
+        package, "commands" if (ROOT / f"{package}.py").exists() else None
+    )
+
+
+def measure():
+    """Box -> the boxes it imports; box -> its share of the lines of code, in percent."""
+    below, lines = {}, Counter()
+    for module, path in modules().items():
+        box = box_of(module.removesuffix(".__init__"))
+        lines[box] += len(path.read_text(encoding="utf-8").splitlines())
+        below.setdefault(box, set()).update(box_of(name) for name in imported(path))
+    below = {box: targets - {box, None} for box, targets in below.items()}
+    return below, {box: 100 * count / lines.total() for box, count in lines.items()}
+
+
+def draw(below):
+    """Boxes and arrows in the language of Mermaid, which GitHub draws."""
+    arrows = [f"    {box} --> {' & '.join(sorted(targets))}" for box, targets in sorted(below.items()) if targets]
+    return "\n".join(["```mermaid", "flowchart TD", *arrows, "```"])
+
+
+def test_no_import_runs_in_a_circle():
+    below, _ = measure()
+    assert list(TopologicalSorter(below).static_order())[-1] == "commands"
+
+
+def test_no_package_holds_more_than_three_tenths_of_the_code():
+    _, shares = measure()
+    assert {box: round(share) for box, share in shares.items() if share > 30} == {}
+
+
+def test_the_drawing_of_imports_is_the_imports():
+    drawing = draw(measure()[0])
+    assert drawing in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), f"Expected:\n{drawing}"

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 CPU_ATTENTION = "ieft_cpu"
 SOURCE = Path(__file__).with_suffix(".cpp")
 OPTIONS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")  # OpenMP's threads are then those of PyTorch
-_failures = []  # the first error, of which the user is warned once a process
+_failures: list[Exception] = []  # the first error, of which the user is warned once a process
 
 
 def cpu_attention(module, query, key, value, attention_mask, scaling, **kwargs):

@@ -21,7 +21,9 @@ GELUS = (nn.GELU, GELUActivation)
 TOKENS_EXPECTED = 2048  # the size of batch that the layout is chosen for; others work too
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 ENTRIES_COMPARED = 16  # of each weight
-_kept = weakref.WeakKeyDictionary()  # model -> its state, its copy, and the weights it was made from
+_kept: weakref.WeakKeyDictionary = (
+    weakref.WeakKeyDictionary()
+)  # model -> its state, its copy, and the weights it was made from
 
 
 def can_prepack(model, dtype):

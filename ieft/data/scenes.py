@@ -98,7 +98,7 @@ class Scene:
     captions: list[str]
 
 
-def draw_scene(seed, index, *, size=96):
+def draw_scene(seed: int, index: int, *, size: int = 96) -> Scene:
     """The scene of one index: the same pixels and sentences on every call, in any order and any process."""
     plan = plan_scene(np.random.default_rng([seed, index, 0]))
     image = draw_plan(plan, np.random.default_rng([seed, index, 1]))

@@ -4,12 +4,17 @@ A query counts as a hit at k if any relevant item is among the k best. Ranks are
 by the exact expectation over all orders of the tie, so that a model that scores everything alike gets chance level.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
+from numpy.typing import ArrayLike
 
 RANKS = (1, 5, 10)
 
 
-def retrieval_recalls(scores, caption_image, caption_text_id=None):
+def retrieval_recalls(
+    scores: ArrayLike, caption_image: ArrayLike, caption_text_id: ArrayLike | None = None
+) -> dict[str, float]:
     """Recalls both ways (evaluation as in Tang et al., IEEE TGRS 2023).
 
     Args:
@@ -26,18 +31,18 @@ def retrieval_recalls(scores, caption_image, caption_text_id=None):
     Raises:
         ValueError: for shapes that do not fit, owners out of range, no caption at all, or scores that are not numbers.
     """
-    scores, caption_image, caption_text_id = _checked(scores, caption_image, caption_text_id)
-    num_images, num_captions = scores.shape
+    matrix, owners, text_ids = _checked(scores, caption_image, caption_text_id)
+    num_images, num_captions = matrix.shape
     own = np.zeros((num_images, num_captions), dtype=bool)
-    own[caption_image, np.arange(num_captions)] = True
-    carries = np.zeros((num_images, caption_text_id.max() + 1), dtype=bool)
-    carries[caption_image, caption_text_id] = True
-    strict = _recalls_both_ways(scores, own)
-    duplicate_aware = _recalls_both_ways(scores, carries[:, caption_text_id])
+    own[owners, np.arange(num_captions)] = True
+    carries = np.zeros((num_images, text_ids.max() + 1), dtype=bool)
+    carries[owners, text_ids] = True
+    strict = _recalls_both_ways(matrix, own)
+    duplicate_aware = _recalls_both_ways(matrix, carries[:, text_ids])
     return strict | {f"dedup_{name}": value for name, value in duplicate_aware.items()}
 
 
-def keep_unique_captions(captions_per_image):
+def keep_unique_captions(captions_per_image: Iterable[Iterable[str]]) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Flatten a list of captions for each image; a sentence repeated on one image is kept once, where it came first.
 
     Sentences are equal if they are the same letters, blanks around them aside.
@@ -48,7 +53,9 @@ def keep_unique_captions(captions_per_image):
     Raises:
         ValueError: where the captions of an image are one string, which would be taken letter by letter.
     """
-    captions, caption_image, ids = [], [], {}
+    captions: list[str] = []
+    caption_image: list[int] = []
+    ids: dict[str, int] = {}
     for image, sentences in enumerate(captions_per_image):
         if isinstance(sentences, str):
             raise ValueError(
@@ -61,7 +68,7 @@ def keep_unique_captions(captions_per_image):
     return captions, np.array(caption_image, dtype=np.int64), np.array(text_ids, dtype=np.int64)
 
 
-def expected_hits(scores, right):
+def expected_hits(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
     """For each query the probability that a right item is among the k best, ties in random order.
 
     With b items above the best right one, and t items at its score of which r are right, the chance that none of the r

@@ -14,13 +14,16 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
@@ -42,8 +45,11 @@ KEPT_CAPTION_TOKENS = 65536  # prepared once and kept, about 0.8 GB; beyond, cap
 NOT_IN_FINGERPRINT = ("architectures", "auto_map", "custom_pipelines", "transformers_version")
 
 
-def score_matrix(model, images, captions, *, dtype=None, batch_tokens=None, num_workers=0, progress=True,
-                 score_cache=None):  # fmt: skip
+def score_matrix(
+    model: Any, images: Sequence, captions: Sequence[Sequence[int]], *, dtype: torch.dtype | None = None,
+    batch_tokens: int | None = None, num_workers: int = 0, progress: bool = True,
+    score_cache: str | os.PathLike | None = None,
+) -> np.ndarray:  # fmt: skip
     """Score every image with every caption.
 
     Under `torch.distributed` the images are shared out over the processes, and each gets the whole matrix.
@@ -76,8 +82,11 @@ def score_matrix(model, images, captions, *, dtype=None, batch_tokens=None, num_
     return scores.reshape(len(images), width)[:, column_of]
 
 
-def score_pairs(model, images, captions, pairs, *, dtype=None, batch_tokens=None, num_workers=0, progress=True,
-                score_cache=None):  # fmt: skip
+def score_pairs(
+    model: Any, images: Sequence, captions: Sequence[Sequence[int]], pairs: ArrayLike, *,
+    dtype: torch.dtype | None = None, batch_tokens: int | None = None, num_workers: int = 0, progress: bool = True,
+    score_cache: str | os.PathLike | None = None,
+) -> np.ndarray:  # fmt: skip
     """Score chosen pairs, for re-ranking shortlists; options and sharing as `score_matrix`.
 
     Args:
@@ -89,10 +98,10 @@ def score_pairs(model, images, captions, pairs, *, dtype=None, batch_tokens=None
     Raises:
         ValueError: for pairs of another shape or of rows that do not exist.
     """
-    pairs = _check_pairs(pairs, len(images), len(captions))
-    used, columns = np.unique(pairs[:, 1], return_inverse=True)
+    checked = _check_pairs(pairs, len(images), len(captions))
+    used, columns = np.unique(checked[:, 1], return_inverse=True)
     distinct, column_of = _distinct([captions[column] for column in used])
-    rows_and_columns = np.stack([pairs[:, 0], column_of[columns]], axis=1)
+    rows_and_columns = np.stack([checked[:, 0], column_of[columns]], axis=1)
     unique, place = np.unique(rows_and_columns, axis=0, return_inverse=True)  # sorted by image
     starts = np.append(np.flatnonzero(np.diff(unique[:, 0], prepend=-1)), len(unique))
     options = {"dtype": dtype, "batch_tokens": batch_tokens, "num_workers": num_workers, "score_cache": score_cache}

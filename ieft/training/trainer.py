@@ -15,6 +15,7 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from ieft.training.micro_batches import OutOfMemory, get_random_state, is_out_of
 logger = logging.getLogger(__name__)
 
 # Options of transformers that ranking does not read, and the values that leave them out.
-UNREAD = {
+UNREAD: dict[str, Any] = {
     "label_smoothing_factor": 0.0, "prediction_loss_only": False, "batch_eval_metrics": False,
     "eval_accumulation_steps": None, "include_for_metrics": [], "label_names": None,
 }  # fmt: skip
@@ -47,14 +48,14 @@ MAX_OVERFLOWS = 25  # in a row: the loss scale has then fallen from 65536 below 
 class IeftTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` plus the options of IEFT."""
 
-    train_batch_size: int | None = field(
+    train_batch_size: int | None = field(  # type: ignore[assignment]  # never None in transformers
         default=None,
         metadata={
             "help": "Images of one step, over all devices. None: per_device_train_batch_size on each device, times "
             "gradient_accumulation_steps."
         },
     )
-    per_device_train_batch_size: int | None = field(
+    per_device_train_batch_size: int | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
             "help": "Micro-batch: images that a device computes at once, with their captions. It does not change what "

@@ -1,7 +1,9 @@
-"""`evaluate` module with the recalls of `ieft.evaluation.metrics.retrieval_recalls`, under the same names."""
+"""`evaluate` module with the recalls of `ieft.evaluation.metrics`, which is `recalls.py` beside it."""
 
 import datasets
 import evaluate
+
+from .recalls import retrieval_recalls
 
 _DESCRIPTION = """
 Recall at 1, 5 and 10 of image-text retrieval in both directions, in percent, strict and duplicate-aware. Ranks are
@@ -43,20 +45,8 @@ class RetrievalRecall(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float64"))}),
         )
 
-    def _download_and_prepare(self, dl_manager):
-        # Imported here, not at the top: `evaluate` runs a copy of this file from its own cache, and answers a missing
-        # top-level import by advising `pip install` of a name it has only read here.
-        try:
-            from ieft.evaluation.metrics import retrieval_recalls
-        except ImportError as error:
-            raise ImportError(
-                "retrieval_recall needs the package `ieft` of the repository this folder came from, and cannot import "
-                "it. Run `pip install .` in the clone, or start Python in the clone's root folder."
-            ) from error
-        self._retrieval_recalls = retrieval_recalls
-
     def _compute(self, predictions, *, caption_image, caption_text_id=None):
         widths = sorted({len(row) for row in predictions})
         if len(widths) > 1:
             raise ValueError(f"predictions: expected one score per caption in every row, got rows of {widths} scores.")
-        return self._retrieval_recalls(predictions, caption_image, caption_text_id)
+        return retrieval_recalls(predictions, caption_image, caption_text_id)

@@ -1,0 +1,1 @@
+../../ieft/evaluation/metrics.py
