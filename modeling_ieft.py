@@ -104,6 +104,7 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
 
     embeddings: IeftEmbeddings
     encoder: IeftEncoder
+    pooler: Any
 
     def __init__(self, config, add_pooling_layer=True):
         PreTrainedModel.__init__(self, config)  # ViltModel's own would build modules that IEFT replaces
@@ -215,7 +216,8 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        join, pairing, earlier = self.config.first_joint_layer, (pair_images, pair_captions), None
+        join, pairing = self.config.first_joint_layer, (pair_images, pair_captions)
+        earlier: Any = None
         if join:
             texts = self.read_alone(text, attention_mask, has_image=False, output_attentions=output_attentions)
             images = self.read_alone(image, output_attentions=output_attentions)
@@ -226,7 +228,8 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
             num_queries=num_queries, output_attentions=output_attentions,
         )  # fmt: skip
         if earlier and output_hidden_states:
-            paired = [self._pair_up(*sides, None, *pairing)[0] for sides in zip(*earlier[0], strict=True)]
+            sides = zip(*earlier[0], strict=True)
+            paired = [self._pair_up(one, other, None, *pairing)[0] for one, other in sides]
             all_hidden_states = (*paired, *all_hidden_states[1:])
         if earlier and output_attentions:
             attentions = (
@@ -265,6 +268,7 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
 class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
     """IEFT with its ranking head (RM), and with the contrastive heads if `config.contrastive_dim` is not 0."""
 
+    vilt: IeftModel
     accepts_loss_kwargs = False  # the loss is a mean over the batch, which Trainer divides by its accumulation steps
 
     def __init__(self, config):
@@ -300,16 +304,18 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
             ValueError: also for labels of another number than the pairs or out of range, and for a `problem_type` that
                 one score cannot have.
         """
-        if image_embeds is None and pixel_values is not None:
-            image_embeds, pixel_values = self.vilt.embed_images(pixel_values), None
+        if image_embeds is None:
+            image_embeds = self.vilt.embed_images(pixel_values)
+            pixel_values = None
         keep_all = output_hidden_states or output_attentions
         keep_all = keep_all or self.config.output_hidden_states or self.config.output_attentions
         captions = (input_ids, attention_mask, token_type_ids, inputs_embeds)
         in_groups = pair_captions is not None and pair_captions.dim() == 2
-        if in_groups and len(pair_captions) not in (1, len(image_embeds if pair_images is None else pair_images)):
+        num_groups = len(image_embeds if pair_images is None else pair_images)
+        if pair_captions is not None and in_groups and len(pair_captions) not in (1, num_groups):
             raise ValueError(
                 f"One row of captions for each image expected, or one for all; got pair_captions of shape "
-                f"{tuple(pair_captions.shape)} for {len(image_embeds if pair_images is None else pair_images)} images."
+                f"{tuple(pair_captions.shape)} for {num_groups} images."
             )
         if in_groups and self._can_score_groups and not keep_all and pixel_mask is None and not kwargs:
             outputs = IeftModelOutput(image_states=self._image_states(image_embeds=image_embeds))

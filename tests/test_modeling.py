@@ -240,6 +240,7 @@ def test_any_square_grid_and_width(image_size, patch_size, hidden_size, heads):
         ({"input_ids": torch.ones(3, 41).long(), "attention_mask": None}, "up to 40 tokens expected.*got 41"),
         ({"attention_mask": torch.ones(3, 9)}, r"\(3, 7\) expected.*\(3, 9\)"),
         ({"pixel_values": None}, "exactly one of pixel_values and image_embeds"),
+        ({"pixel_values": None, "pair_captions": torch.zeros(3, 2).long()}, "exactly one of pixel_values"),
         ({"pixel_mask": torch.zeros(3, 32, 32)}, "pixel_mask of ones"),
         ({"pixel_values": None, "image_embeds": torch.zeros(3, 16, 24)}, r"\(images, 17, 24\) expected"),
     ],
