@@ -97,7 +97,7 @@ def test_two_transactions_that_insert_one_key_leave_one_row(tmp_path, loaded, ar
     reports = [{"added": 0, "unchanged": 0, "unreadable": {}} for _ in range(2)]
     names = [first._name(file) for file in find_images(archive)]
     batches = [
-        list(each._read_missing(names, 0, 0.25, None, report, []))
+        list(each._read_missing(names, 0, 0.25, None, report, [], []))
         for each, report in zip((first, second), reports, strict=True)
     ]
     first._write(batches[0])

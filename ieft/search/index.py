@@ -392,22 +392,30 @@ class ImageIndex:
         names = list(files)
         files_at_once = 1 if tile else batch_size
         for first in range(0, len(names), files_at_once):
-            stale = []
-            rows = self._read_missing(names[first : first + files_at_once], tile, overlap, bands, report, stale)
+            stale, unplaced = [], []
+            batch_names = names[first : first + files_at_once]
+            rows = self._read_missing(batch_names, tile, overlap, bands, report, stale, unplaced)
             while batch := list(islice(rows, batch_size)):
                 self._write(batch)
                 report["added"] += len(batch)
-            self._add_places_and_times(names[first : first + files_at_once])
+            self._add_places_and_times(unplaced)
             if stale:  # after what takes its place, so that a kill loses nothing
                 _retry(self.table.delete, " OR ".join(stale))
         return report
 
-    def _read_missing(self, names, tile, overlap, bands, report, stale):
-        """Rows without vectors, with images as the network reads them; SQL for rows to delete is added to `stale`."""
-        known = {name: set() for name in names}
-        for row in self._select_raw(_any_of(names), ["content", "tiling", "bands", *KEY]):
+    def _read_missing(self, names, tile, overlap, bands, report, stale, unplaced):
+        """Rows without vectors, with images as the network reads them.
+
+        SQL for rows to delete is added to `stale`; unchanged rows without place and time to `unplaced`, except those
+        of PNG files, whose metadata may stand behind the pixels, which would all be decoded.
+        """
+        known, lacking = {name: set() for name in names}, {name: [] for name in names}
+        columns = ["content", "tiling", "bands", *KEY, "tile_width", "tile_height", "west", "left", "acquired"]
+        for row in self._select_raw(_any_of(names), columns):
             made_of = row["content"], row["tiling"], row["bands"] or ""
             known[row["file"]].add((*made_of, (row["col"], row["row"])))
+            if row["west"] is row["left"] is row["acquired"] is None and not row["file"].lower().endswith(".png"):
+                lacking[row["file"]].append((*made_of, row))
         for name in names:
             file = self._path(name)
             try:
@@ -419,6 +427,7 @@ class ImageIndex:
                 tiling = "{} pixels, overlap {}".format(*cut) if windows else ""
                 there = {place for *made_of, place in known[name] if made_of == [content, tiling, chosen]}
                 report["unchanged"] += len(there)
+                unplaced += [row for *made_of, row in lacking[name] if made_of == [content, tiling, chosen]]
                 missing = [window for window in windows if window[:2] not in there]
                 options = {"bands": parse_bands(chosen or None)}
                 pictures = read_tiles(file, missing, **options) if windows else []
@@ -433,19 +442,14 @@ class ImageIndex:
                 before = " (what was indexed of it before is kept)" if known[name] else ""
                 report["unreadable"][file] = f"{error}{before}"
 
-    def _add_places_and_times(self, names):
-        """Add them to rows that have none: an earlier version read no time, and without rasterio there is no place.
-
-        PNG files are left out: their metadata may stand behind the pixels, which would all be decoded.
-        """
-        lacking = f"{_any_of(names)} AND geometry IS NULL AND left IS NULL AND acquired IS NULL"
-        lacking += " AND NOT ends_with(lower(file), '.png')"
-        columns = [*KEY, "tile_width", "tile_height", "tiling"]
+    def _add_places_and_times(self, rows):
+        """Add them to rows that have none: an earlier version read no time, and without rasterio there is no place."""
         of_file = {}
-        for row in self._select_raw(lacking, columns):
+        for row in rows:
             of_file.setdefault(row["file"], []).append(row)
         for name, rows in of_file.items():
-            windows = [Window(*(row[side] for side in columns[1:5])) for row in rows if row["tiling"]]
+            sides = ("col", "row", "tile_width", "tile_height")
+            windows = [Window(*(row[side] for side in sides)) for row in rows if row["tiling"]]
             try:
                 found = list(read_place_and_time(self._path(name), windows))
             except (OSError, ValueError):  # it has just gone
