@@ -32,6 +32,7 @@ from ieft.evaluation.report import ranked_sheet, recall_table, training_curves, 
 from ieft.evaluation.two_stage import choose_similarity_weight, compare_stages, make_shortlists
 from ieft.hub import check_repository, push_folder, write_model_card
 from ieft.training.checkpoints import explained_if_not_written, write_json
+from ieft.training.cost import TrainingCost
 from ieft.training.distillation import check_teacher
 from ieft.training.distributed import leave_processes
 from ieft.training.items import AUGMENTATIONS, NEGATIVES, EvaluationSet, TrainingItems, learn_tokenizer
@@ -130,8 +131,8 @@ DECIDES_TRAINING = (
     "model_name_or_path", "network", "first_joint_layer", "teacher", "fit", "enhancement_layers", "contrastive_dim",
     "dataset_name", "data_dir", "image_column", "caption_column", "bands", "protocol", "on_bad_rows",
     "max_train_samples", "max_eval_samples", "negatives", "augmentation", "num_negatives", "contrastive_weight",
-    "ranking_start", "mining_start", "batches", "groups_per_step", "distillation_weight", "seed", "learning_rate",
-    "train_batch_size", "num_train_epochs", "max_steps", "warmup_steps",
+    "selection_cost", "ranking_start", "mining_start", "batches", "groups_per_step", "distillation_weight", "seed",
+    "learning_rate", "train_batch_size", "num_train_epochs", "max_steps", "warmup_steps",
     "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim",
     "bf16", "fp16",
 )  # fmt: skip
@@ -150,6 +151,7 @@ NEEDED_STAGES = {
     "network": ("do_train",),
     "from_scratch": ("do_train",),
     "contrastive_dim": ("do_train",),
+    "selection_cost": ("do_train",),
 }
 ABOUT_ONE_COLLECTION = ("data_dir", "image_column", "caption_column")
 ABOUT_COLLECTIONS = ("bands", "streaming", "on_bad_rows")  # they also apply to `--eval_datasets`
@@ -283,6 +285,13 @@ class DataArguments:
             "re-ranked by the network. Needs contrastive heads."
         },
     )
+    selection_cost: float = field(
+        default=0.1,
+        metadata={
+            "help": "What selecting the checkpoint on validation may cost, as a share of training: a random part of "
+            "the validation images is used where all would cost more. inf: all. The final evaluation uses all."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training images."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many validation images."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use at most this many test images."})
@@ -324,6 +333,9 @@ def run(model_args, data_args, args, folder, checkpoint, push):
         raise ValueError("--rerank_top_k needs contrastive heads: train with --contrastive_weight 1.")
     teacher = load_teacher(model_args, args, model, processor)
     trainer = make_trainer(model, processor, splits, data_args, args, teacher)
+    validation = trainer.eval_dataset
+    if args.do_train:
+        selection = select_validation(trainer, processor, splits, data_args, args)
     if args.should_save:
         folder.record()
     if args.do_train:
@@ -331,8 +343,9 @@ def run(model_args, data_args, args, folder, checkpoint, push):
         trainer.log_metrics("train", trainer.state.log_history[-1])
         with explained_if_not_written("The model", args.output_dir):
             trainer.save_model()
+        save_results(trainer, "selection", selection, data_args)
     if args.do_eval:
-        save_results(trainer, "eval", trainer.evaluate(), data_args)
+        save_results(trainer, "eval", trainer.evaluate(validation), data_args)
     results = predict(trainer, processor, splits["test"], data_args, len(bad_rows)) if args.do_predict else None
     if args.do_predict and data_args.rerank_top_k:
         results["two_stage"] = judge_two_stage(trainer, processor, splits, results, data_args)
@@ -405,6 +418,8 @@ def check_options(given, stages):
     for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "rerank_top_k", "contrastive_dim"):
         if name in given and given[name] < 1:
             raise ValueError(f"--{name} must be 1 or more; got {given[name]}.")
+    if not given.get("selection_cost", 1) > 0:
+        raise ValueError(f"--selection_cost must be above 0; got {given['selection_cost']}.")
     if given.get("dataset_name", DataArguments.dataset_name) in SYNTHETIC:
         names = ABOUT_ONE_COLLECTION + (() if "eval_datasets" in given else ABOUT_COLLECTIONS)
         ignored = [name for name in names if given.get(name)]
@@ -436,7 +451,8 @@ def choose_recipe(given):
     recipe = PUBLISHED_RECIPE | DATASET_RECIPES.get(dataset_name, {})
     recipe["output_dir"] = f"outputs/{Path(dataset_name).name}"
     recipe["network"] = "tiny" if dataset_name in SYNTHETIC and not given.get("model_name_or_path") else "base"
-    recipe |= NETWORK_RECIPES[given.get("network") or size_of(given.get("model_name_or_path")) or recipe["network"]]
+    network = given.get("network") or size_of(given.get("model_name_or_path")) or recipe["network"]
+    recipe |= NETWORK_RECIPES[network]
     if "num_train_epochs" in given:
         recipe.pop("max_steps", None)  # it would override the epochs
     together = {name: given.get(name, recipe[name]) for name in ("eval_strategy", "save_strategy")}
@@ -444,6 +460,8 @@ def choose_recipe(given):
         recipe |= {"load_best_model_at_end": True, "metric_for_best_model": "mean_recall", "greater_is_better": True}
     if torch.cuda.is_available():  # on a CPU, workers would compete with the training
         recipe |= {"dataloader_num_workers": min(8, os.cpu_count()), "dataloader_persistent_workers": True}
+        if network == "base" and not (given.get("use_cpu") or given.get("fp16")):
+            recipe["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)  # the original's precision=16
     return recipe | {"remove_unused_columns": False}
 
 
@@ -626,6 +644,31 @@ def make_trainer(model, processor, splits, data_args, args, teacher=None):
     validation = EvaluationSet.from_split(splits["validation"], processor)
     options = {"eval_dataset": validation, "processing_class": processor, "teacher": teacher}
     return IeftTrainer(model, args, train_dataset=items, **options)
+
+
+def select_validation(trainer, processor, splits, data_args, args):
+    """Let the trainer evaluate a part of the validation split that costs no more than `--selection_cost`, and log what
+    the training will cost.
+
+    Returns:
+        dict: the numbers of images and captions that checkpoints are selected on, 0 without evaluations.
+    """
+    validation = trainer.eval_dataset
+    test = [EvaluationSet.from_split(splits["test"], processor)] if args.do_predict else []
+    cost = TrainingCost(trainer, [validation] * args.do_eval + test)
+    trainer.add_callback(cost)
+    if not cost.evaluations:
+        return {"selection_num_images": 0, "selection_num_captions": 0}
+    rows = cost.choose_selection(validation, data_args.selection_cost).tolist()
+    if len(rows) < len(validation.images):
+        trainer.eval_dataset = EvaluationSet.from_split(splits["validation"].select(rows), processor)
+        logger.info(
+            "Checkpoints are selected on %d of the %d validation images, drawn by --seed, since all would cost more "
+            "than --selection_cost %g of the training. The evaluation after training uses all.",
+            len(rows), len(validation.images), data_args.selection_cost,
+        )  # fmt: skip
+    part = trainer.eval_dataset
+    return {"selection_num_images": len(part.images), "selection_num_captions": len(part.captions)}
 
 
 def predict(trainer, processor, test, data_args, num_bad_rows):

@@ -96,7 +96,7 @@ def loop(model, images, captions, *, batch, trimmed=False, whole=True):
                     pixel_values=pixels.to(model.device).expand(len(some), -1, -1, -1),  # (B, 3, H, W)
                     output_hidden_states=whole,  # this computes all tokens of the last block
                 )
-                scores[image, rows] = output.logits[:, 0].cpu()
+                scores[image, rows] = output.logits[:, 0].float().cpu()
     return scores
 
 

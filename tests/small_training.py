@@ -143,11 +143,13 @@ def make_trainer(
         IeftImageProcessor(image_size=32), learn_tokenizer(c for s in scenes for c in s.captions)
     )
     options = {
-        "output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 12, "learning_rate": 1e-2,
+        "output_dir": str(folder), "max_steps": 12, "learning_rate": 1e-2,
         "num_negatives": 3, "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False, "seed": 3,
         "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
         "save_total_limit": 2, "load_best_model_at_end": True, "metric_for_best_model": "mean_recall",
     }  # fmt: skip
+    if "train_batch_size" not in changes:
+        options["per_device_train_batch_size"] = 4
     args = IeftTrainingArguments(**(options | changes))
     set_seed(args.seed)
     config = IeftConfig(

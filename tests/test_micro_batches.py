@@ -1,17 +1,16 @@
 """Tests that micro-batches, also those halved by a memory error, give the loss and gradients of the whole batch."""
 
 import copy
+import ctypes
 import json
+import re
+import resource
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from small_training import (
-    CONTRASTIVE,
-    losses,
-    make_trainer,
-    run_ranks,
-)
+from small_training import CONTRASTIVE, final_weights, losses, make_trainer, run, run_ranks
 
 from ieft.training.distributed import process_count, process_rank
 
@@ -99,3 +98,78 @@ def test_a_training_is_the_same_by_micro_batches_also_where_the_last_batch_is_sm
         (tmp_path / str(micro_batch) / "log.json").write_text(json.dumps(trainer.state.log_history))
     expected, found = losses(tmp_path / "12"), losses(tmp_path / "5")
     assert found == pytest.approx(expected, rel=1e-4) and len(found) == 6
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def leave_memory(trainer, *, share, from_step=0, rank=0):
+    """Limit the memory of one process, from a step on, to what it has and a share of what its batch needs."""
+    compute, more = trainer._compute_gradients, int(share * trainer.image_bytes * trainer._train_batch_size)
+
+    def compute_with_limit(model, inputs):
+        if trainer.state.global_step >= from_step and process_rank() == rank:
+            ctypes.CDLL(None).malloc_trim(0)
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            size = pages * resource.getpagesize() + more
+            resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+            trainer._compute_gradients = compute
+        return compute(model, inputs)
+
+    trainer._compute_gradients = compute_with_limit
+
+
+def printed(folder):
+    return (Path(folder) / "printed0.txt").read_text()
+
+
+LARGE = {"images": 32, "train_batch_size": 64, "num_negatives": 15, "max_steps": 3, "eval_strategy": "no",
+         "save_strategy": "no", "load_best_model_at_end": False}  # fmt: skip
+HALVED = (
+    r"Out of memory in step (\d): the micro-batch is halved from (\d+) to (\d+) images and the step is computed again."
+    r" 64 images a step = 1 device x (\d+) micro-batches x \3 images"
+)
+
+
+def set_micro_batches(trainer, *, of_steps):
+    """Let steps, from 1, start with given micro-batches."""
+    compute = trainer._compute_gradients
+
+    def compute_with(model, inputs):
+        trainer.args.per_device_train_batch_size = of_steps.get(
+            trainer.state.global_step + 1, trainer.args.per_device_train_batch_size
+        )
+        return compute(model, inputs)
+
+    trainer._compute_gradients = compute_with
+
+
+@pytest.mark.parametrize("options", [{}, CONTRASTIVE | {"ranking_start": 0.0}], ids=["published", "contrastive"])
+def test_a_memory_error_halves_the_micro_batch_and_the_step_is_computed_again(tmp_path, options):
+    """With dropout, the weights are those of a run whose steps had the smaller micro-batch from their beginning."""
+    options = LARGE | options | {"per_device_train_batch_size": 64}
+    limit = partial(leave_memory, share=0.6, from_step=1)
+    assert run(tmp_path / "limited", prepare=limit, **options) == 0, printed(tmp_path / "limited")[-2000:]
+    halvings = [tuple(map(int, each)) for each in re.findall(HALVED, printed(tmp_path / "limited"))]
+    assert halvings[0][:2] == (2, 64) and all(after == -(-before // 2) for _, before, after, _ in halvings)
+    chosen = {step: after for step, _, after, _ in halvings}
+    assert run(tmp_path / "free", prepare=partial(set_micro_batches, of_steps=chosen), **options) == 0
+    weights, expected = final_weights(tmp_path / "limited"), final_weights(tmp_path / "free")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert losses(tmp_path / "limited") == losses(tmp_path / "free") and len(losses(tmp_path / "free")) == 3
+
+
+def test_a_memory_error_of_one_process_halves_the_micro_batch_of_all(tmp_path):
+    limit = partial(leave_memory, share=0.6, from_step=1, rank=1)
+    options = LARGE | CONTRASTIVE | {"ranking_start": 0.0, "dropout": 0.0, "max_steps": 2}
+    assert run_ranks(tmp_path / "limited", 2, prepare=limit, **options) == [0, 0], printed(tmp_path / "limited")
+    assert "the micro-batch is halved from 32 to 16 images" in printed(tmp_path / "limited")
+    assert run(tmp_path / "free", **options) == 0
+    assert losses(tmp_path / "limited") == pytest.approx(losses(tmp_path / "free"), rel=1e-4)
+
+
+def test_a_micro_batch_of_one_that_does_not_fit_is_an_error_that_says_so(tmp_path):
+    limit = partial(leave_memory, share=0.01)
+    assert run(tmp_path, prepare=limit, per_device_train_batch_size=2, **LARGE) == 1
+    assert "MemoryError: A micro-batch of one image does not fit into the memory" in printed(tmp_path)
+    assert "is halved from 2 to 1 images" in printed(tmp_path)

@@ -3,7 +3,13 @@
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-ALLOCATION_ERRORS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "could not create a memory object")
+# Also what oneDNN says where its own allocations fail.
+ALLOCATION_ERRORS = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "could not create a memory object",
+    "could not create a primitive",
+)
 
 
 class OutOfMemory(Exception):
@@ -30,3 +36,14 @@ def set_random_state(device, states):
     torch.set_rng_state(states[0])
     if device.type != "cpu":
         torch.get_device_module(device).set_rng_state(states[1])
+
+
+def describe_batch(args):
+    """How the batch of a step is composed, as text."""
+    share = args.train_batch_size // args.world_size
+    micro_batches = -(-share // args.per_device_train_batch_size)
+    names = ["device" + "s" * (args.world_size > 1), "micro-batch" + "es" * (micro_batches > 1)]
+    return (
+        f"{args.train_batch_size} images a step = {args.world_size} {names[0]} x {micro_batches} {names[1]} x "
+        f"{'' if share % args.per_device_train_batch_size == 0 else 'up to '}{args.per_device_train_batch_size} images"
+    )

@@ -14,6 +14,7 @@ import logging
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,23 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast
 from accelerate.utils.memory import clear_device_cache
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from ieft.evaluation.metrics import retrieval_recalls
 from ieft.evaluation.ranking import score_matrix
 from ieft.training.checkpoints import STATE, UNFINISHED, explained_if_not_written, publish, write_json
+from ieft.training.cost import autocast_type, fit_micro_batch, fixed_memory, measure_batch
 from ieft.training.distributed import average_gradients, gather_rows, largest_over_processes, process_count
 from ieft.training.hard_negatives import NeighbourSampler
 from ieft.training.losses import FEATURES, GroupedBatch, call_model, candidate_calls, candidate_loss
-from ieft.training.micro_batches import OutOfMemory, get_random_state, is_out_of_memory, set_random_state
+from ieft.training.micro_batches import (
+    OutOfMemory,
+    describe_batch,
+    get_random_state,
+    is_out_of_memory,
+    set_random_state,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -163,16 +171,6 @@ def _compose_batch(args):
         args.per_device_train_batch_size = total // devices
 
 
-def describe_batch(args):
-    """How the batch of a step is composed, as text."""
-    share = args.train_batch_size // args.world_size
-    micro_batches = -(-share // args.per_device_train_batch_size)
-    return (
-        f"{args.train_batch_size} images a step = {args.world_size} devices x {micro_batches} micro-batches x "
-        f"{args.per_device_train_batch_size} images"
-    )
-
-
 class IeftTrainer(Trainer):
     """A Trainer that evaluates by ranking.
 
@@ -219,8 +217,31 @@ class IeftTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
     def _choose_micro_batch(self, checkpoint):
-        """That of the checkpoint, for the same bits; otherwise as many images as fit into memory."""
-        return self._train_batch_size
+        """That of the checkpoint, for the same bits; otherwise as many images as fit into memory on every device."""
+        share = self._train_batch_size
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        if checkpoint and (path := Path(checkpoint) / STATE).is_file():
+            return min(share, TrainerState.load_from_json(str(path)).train_batch_size or share)
+        fitting = fit_micro_batch(share, self.image_bytes, self.fixed_bytes, self.args.device)
+        return share - largest_over_processes(share - fitting, self.args.device)
+
+    @cached_property
+    def batch_cost(self):
+        """Operations and kept bytes of a forward pass over the batch of a step, `ieft.training.cost.measure_batch`."""
+        model = self.accelerator.unwrap_model(self.model)
+        return measure_batch(model, self.args, max(map(len, self.train_dataset.caption_tokens)))
+
+    @property
+    def image_bytes(self):
+        """Bytes that one image of a micro-batch needs until its backward pass."""
+        return self.batch_cost[1] / self.args.train_batch_size
+
+    @property
+    def fixed_bytes(self):
+        """Bytes of gradients, optimizer and the pixels of a device's share."""
+        pixels = 12 * self.train_dataset.images.image_processor.image_size**2
+        return fixed_memory(self.model) + pixels * self._train_batch_size
 
     def get_train_dataloader(self):
         """As `Trainer.get_train_dataloader`, with its own random generator.
@@ -369,6 +390,8 @@ class IeftTrainer(Trainer):
             model.zero_grad()
             clear_device_cache(garbage_collection=True)
             set_random_state(self.args.device, random_state)
+        if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
+            clear_device_cache()
         if not torch.isfinite(loss) and self.accelerator.scaler is None:
             self._stop(f"The loss is {loss.item()}")
         return loss
@@ -591,10 +614,11 @@ class IeftTrainer(Trainer):
 
     def ranking_options(self):
         """Options of `ieft.evaluation.ranking` that follow from the training arguments."""
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         return {
-            "dtype": dtype, "progress": not self.args.disable_tqdm, "num_workers": self.args.dataloader_num_workers
-        }  # fmt: skip
+            "dtype": autocast_type(self.args),
+            "progress": not self.args.disable_tqdm,
+            "num_workers": self.args.dataloader_num_workers,
+        }
 
     @staticmethod
     def recalls(evaluation_set, scores):
