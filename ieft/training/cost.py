@@ -178,7 +178,8 @@ def count_steps(args, num_items):
     if strategy == "epoch":
         return steps, -(-steps // max(1, in_epoch))
     every = args.eval_steps or args.logging_steps
-    return steps, int(steps // (every if every >= 1 else math.ceil(every * steps)))
+    every = every if every >= 1 else math.ceil(every * steps)
+    return steps, math.ceil(steps / every)  # the last step is one of them
 
 
 def choose_selection(num_images, cost_of, budget, seed):
