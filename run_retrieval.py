@@ -505,6 +505,8 @@ def set_up_logging(args):
     logging.basicConfig(format="%(message)s", level=logging.INFO if args.should_log else logging.WARNING)
     for library in (datasets, transformers):
         library.utils.logging.set_verbosity_warning()
+    for client in ("httpx", "httpx2"):  # of the Hub's libraries: they log every request
+        logging.getLogger(client).setLevel(logging.WARNING)
 
 
 def load_splits(data_args, args):

@@ -3,12 +3,13 @@
 import hashlib
 import re
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FileServer(ThreadingHTTPServer):
-    """Serves `files`, path -> bytes, and keeps the path and `Range` of each request.
+    """Serves `files`, path -> bytes or the path that it has moved to, and keeps the path and `Range` of each request.
 
     Attributes:
         cuts: after how many bytes the answers to the next requests end, the first of these first.
@@ -16,6 +17,7 @@ class FileServer(ThreadingHTTPServer):
         tagged: whether files have an `ETag`.
         length: the `Content-Length` that is told instead of the true one.
         kind: the `Content-Type`.
+        delay: seconds before the content is sent.
         status: of every answer, if it is an error.
     """
 
@@ -23,7 +25,7 @@ class FileServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.requests, self.cuts = files, [], []
         self.ranges, self.tagged, self.length, self.status = True, True, None, None
-        self.kind = "application/octet-stream"
+        self.kind, self.delay = "application/octet-stream", 0
         self.address = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -34,6 +36,10 @@ class Handler(BaseHTTPRequestHandler):
         content = server.files.get(self.path)
         if server.status or content is None:
             return self.send_error(server.status or 404)
+        if isinstance(content, str):
+            self.send_response(302)
+            self.send_header("Location", content)
+            return self.end_headers()
         tag = f'"{hashlib.sha256(content).hexdigest()}"'
         start = int(re.fullmatch(r"bytes=(\d+)-", wish)[1]) if wish and server.ranges else 0
         start = start if self.headers.get("If-Range") == tag else 0
@@ -47,6 +53,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", server.kind)
         self.send_header("Content-Length", str(server.length or len(content) - start))
         self.end_headers()
+        time.sleep(server.delay)
         cut = server.cuts.pop(0) if server.cuts else len(content)
         self.wfile.write(content[start : start + cut])
 

@@ -41,6 +41,28 @@ def test_a_download_that_breaks_off_is_resumed_in_the_same_call(server):
     assert [wish for _, wish in server.requests] == [None, f"bytes={HALF}-", f"bytes={HALF + 1000}-"]
 
 
+def test_processes_at_once_download_once(server):
+    server.delay = 0.3
+    processes = [multiprocessing.get_context("fork").Process(target=cached_file, args=(server.url,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0] and len(server.requests) == 1
+    assert cached_file(server.url).read_bytes() == CONTENT
+
+
+def test_a_file_that_has_moved_is_followed_and_resumed(server):
+    """As the release files of GitHub, which another server holds."""
+    server.files["/moved.ckpt"] = f"{server.address}/weights.ckpt"
+    server.cuts = [HALF]
+    assert cached_file(f"{server.address}/moved.ckpt").read_bytes() == CONTENT
+    assert server.requests[-1] == ("/weights.ckpt", f"bytes={HALF}-")
+    server.files["/other.ckpt"] = "ftp://127.0.0.1/weights.ckpt"
+    with pytest.raises(OSError, match="is not allowed|unknown url type"):
+        cached_file(f"{server.address}/other.ckpt")
+
+
 def test_a_process_that_is_killed_leaves_what_it_received_to_the_next(server, tmp_path, monkeypatch):
     server.cuts = [HALF]
     monkeypatch.setattr(downloads, "PAUSE", 60)

@@ -138,7 +138,10 @@ def _receive(url, partial):
         headers |= {"Range": f"bytes={start}-", "If-Range": version.read_text()}
     with build_opener().open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:
         if answer.headers.get_content_type() == "text/html":
-            raise OSError(f"{url} is a web page, not a file. Pass the address of the file itself.")
+            raise OSError(
+                f"{url} is a web page, not a file. Pass the address of the file itself, or for a "
+                "repository on the Hub its name, user/name."
+            )
         resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
         if answer.status == 206 and not resumed:
             partial.unlink()
