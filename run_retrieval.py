@@ -26,6 +26,7 @@ from transformers import HfArgumentParser, PretrainedConfig, set_seed
 
 from configuration_ieft import IeftConfig
 from convert_checkpoint import VILT_RELEASE, load_any_checkpoint
+from ieft.data.downloads import is_url
 from ieft.data.duplicates import find_copies, make_thumbnail
 from ieft.data.invalid_examples import BadRowsError, save_bad_rows
 from ieft.evaluation.report import ranked_sheet, recall_table, training_curves, two_stage_table
@@ -467,7 +468,7 @@ def choose_recipe(given):
 
 def size_of(source):
     """The smallest of `LARGEST_WIDTHS` that a checkpoint's network is within, None for larger ones."""
-    if source is None or os.path.isfile(source):
+    if source is None or is_url(source) or os.path.isfile(source):
         return None
     try:
         settings, _ = PretrainedConfig.get_config_dict(source)
