@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,9 @@ def rsicd_on_the_hub(folder):
 @pytest.fixture
 def internet(tmp_path):
     """The environment of a machine whose Hub and GitHub are servers on loopback; the `Hub` and the `FileServer`."""
-    release = save_lightning(tiny_published(with_stages=False), tmp_path / "release.ckpt").read_bytes()
+    tensors = {name: tensor for name, tensor in tiny_published(with_stages=False).items()
+               if not re.match(r"transformer\.blocks\.([2-9]|1\d)", name)}  # fmt: skip
+    release = save_lightning(tensors, tmp_path / "release.ckpt").read_bytes()
     vocabulary = (write_vocabulary(tmp_path / "vocabulary", 60) / "vocab.txt").read_bytes()
     config = json.dumps({"do_lower_case": True, "tokenizer_class": "BertTokenizer"}).encode()
     (tmp_path / "parquet").mkdir()
@@ -75,7 +78,7 @@ def internet(tmp_path):
 def run(environment, folder, *options, launch=("-m", "accelerate.commands.launch")):
     folder.mkdir(exist_ok=True)
     command = [sys.executable, *launch, str(ROOT / "run_retrieval.py"), "--dataset_name", "rsicd", *options]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def test_the_name_of_the_benchmark_is_enough(internet, tmp_path):
