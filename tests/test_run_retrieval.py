@@ -371,13 +371,15 @@ def test_two_runs_never_train_into_one_folder(tmp_path):
         code, printed = command(*SMALL, "--max_steps", "1", "--output_dir", tmp_path)
     assert code == 1 and "Another run is writing to" in printed and "Traceback" not in printed
     with held.claimed(), pytest.raises(ValueError, match="Another run is writing to"):  # nor evaluates
-        run_retrieval.main(["--use_cpu", "--do_predict", "--model_name_or_path", "x", "--output_dir", str(tmp_path)])
+        run_retrieval.main(
+            ["--use_cpu", "--do_predict", "--model_name_or_path", "/no/model", "--output_dir", str(tmp_path)]
+        )
 
 
 @pytest.mark.parametrize("stage", ["--do_train", "--do_predict"])
 def test_an_output_folder_must_be_a_folder_that_can_be_written(tmp_path, stage):
     (tmp_path / "file").write_text("mine")
-    options = ["--use_cpu", stage, *(["--model_name_or_path", "x"] if stage == "--do_predict" else [])]
+    options = ["--use_cpu", stage, *(["--model_name_or_path", "/no/model"] if stage == "--do_predict" else [])]
     with pytest.raises(ValueError, match="file is a file: --output_dir must be a folder"):
         run_retrieval.main([*options, "--output_dir", str(tmp_path / "file")])
     with pytest.raises(OSError, match="cannot be written: .* Pass another --output_dir"):
@@ -390,15 +392,23 @@ def test_an_output_folder_must_be_a_folder_that_can_be_written(tmp_path, stage):
 ])  # fmt: skip
 def test_results_beside_the_test_split_are_replaced_by_the_same_options_alone(tmp_path, option, first, second, file):
     def folder(*more):
-        options = ["--use_cpu", "--do_predict", "--model_name_or_path", "x", "--output_dir", str(tmp_path), *more]
+        options = [
+            "--use_cpu",
+            "--do_predict",
+            "--model_name_or_path",
+            "/no/model",
+            "--output_dir",
+            str(tmp_path),
+            *more,
+        ]
         return OutputFolder(tmp_path, **run_retrieval.deciding_options(*run_retrieval.parse_arguments(options)))
 
     folder(f"--{option}", first).record()
     (tmp_path / file).write_text("{}")
     for same in ([f"--{option}", first], []):
-        assert folder(*same).find_model("x") == "x"
+        assert folder(*same).find_model("/no/model") == "/no/model"
     with pytest.raises(ValueError, match=f"{option} was .* Pass another --output_dir"):
-        folder(f"--{option}", second).find_model("x")
+        folder(f"--{option}", second).find_model("/no/model")
 
 
 # Options mean what they say -----------------------------------------------------------------------------------------
