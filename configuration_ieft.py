@@ -8,37 +8,19 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import ViltConfig
 from transformers.activations import ACT2FN
 
-# Whole numbers and their ranges: far beyond any network that is in use, and small enough to compute with.
-SIZES = {
-    "image_size": (1, 2**14),
-    "patch_size": (1, 2**14),
-    "num_channels": (1, 2**10),
-    "hidden_size": (1, 2**16),
-    "intermediate_size": (1, 2**20),
-    "num_hidden_layers": (1, 2**10),
-    "num_attention_heads": (1, 2**16),
-    "enhancement_num_heads": (1, 2**16),
-    "vocab_size": (1, 2**24),
-    "max_position_embeddings": (1, 2**16),
-    "type_vocab_size": (1, 2**16),
-    "modality_type_vocab_size": (2, 2**16),
-    "contrastive_dim": (0, 2**16),
-}
-# Other numbers and their ranges.
-NUMBERS = {
-    "hidden_dropout_prob": (0, 1),
-    "attention_probs_dropout_prob": (0, 1),
-    "initializer_range": (0, 100),
-    "layer_norm_eps": (0, 1),
-    "text_layer_norm_eps": (0, 1),
-    "enhancement_mlp_ratio": (1e-3, 1e3),
+# Fields and their ranges, whole numbers where the ends are: beyond any network in use, small enough to compute with.
+RANGES = {
+    "image_size": (1, 2**14), "patch_size": (1, 2**14), "num_channels": (1, 2**10),
+    "hidden_size": (1, 2**16), "intermediate_size": (1, 2**20), "num_hidden_layers": (1, 2**10),
+    "num_attention_heads": (1, 2**16), "vocab_size": (1, 2**24), "max_position_embeddings": (1, 2**16),
+    "type_vocab_size": (1, 2**16), "modality_type_vocab_size": (2, 2**16), "contrastive_dim": (0, 2**16),
+    "hidden_dropout_prob": (0.0, 1.0), "attention_probs_dropout_prob": (0.0, 1.0), "initializer_range": (0.0, 100.0),
+    "layer_norm_eps": (0.0, 1.0), "text_layer_norm_eps": (0.0, 1.0), "enhancement_mlp_ratio": (1e-3, 1e3),
     "enhancement_expansion": (1e-3, 1e3),
-}
+}  # fmt: skip
 MAX_PATCHES = 2**16
 MAX_PARAMETERS = 2**32  # 17 GB in float32; the published network has a hundred million
 MAX_LABELS = 2**16  # IEFT has no use for labels, but transformers names each of them
-
-
 IS_HUB_CODE = "." in __name__  # loaded from a checkpoint, by a user who trusts its code
 FURTHER_FIELDS = {"num_labels", "num_images", "max_image_length", "qkv_bias"}  # of ViLT and of transformers
 
@@ -79,7 +61,7 @@ class IeftConfig(ViltConfig):
 
     Raises:
         ValueError: for a grid that is not square or not whole, for stages that do not fit the network, for a field of
-            another type or out of its range (`SIZES`, `NUMBERS`), and for more than `MAX_PARAMETERS` parameters.
+            another type or out of its range (`RANGES`), and for more than `MAX_PARAMETERS` parameters.
     """
 
     model_type = "ieft"
@@ -106,28 +88,21 @@ class IeftConfig(ViltConfig):
             raise ValueError(f"A field of config.json is not what transformers expects: {error}") from error
         self.image_size = _square("image_size", self.image_size)
         self.patch_size = _square("patch_size", self.patch_size)
-        self.enhancement_layers = _block_indices(self.enhancement_layers)
         self._check_ranges()
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size must be a multiple of patch_size; got image_size={self.image_size}, "
                 f"patch_size={self.patch_size}."
             )
-        blocks = self.enhancement_layers
-        if blocks != sorted(set(blocks)) or any(not 0 <= block < self.num_hidden_layers for block in blocks):
-            raise ValueError(
-                f"enhancement_layers must be rising block indices below num_hidden_layers={self.num_hidden_layers}, "
-                f"each once; got {blocks}."
-            )
         self.check_first_joint_layer()
         if self.enhancement_num_heads is None:
-            heads = range(self.num_attention_heads, 0, -1)
-            self.enhancement_num_heads = next(count for count in heads if self.num_patches % count == 0)
-        _check_whole("enhancement_num_heads", self.enhancement_num_heads)
-        if self.num_patches % self.enhancement_num_heads:
+            counts = range(self.num_attention_heads, 0, -1)
+            self.enhancement_num_heads = next(count for count in counts if self.num_patches % count == 0)
+        heads = self.enhancement_num_heads
+        if type(heads) is not int or heads < 1 or self.num_patches % heads:
             raise ValueError(
                 f"enhancement_num_heads must divide the {self.num_patches} patches of a {self.grid_size}x"
-                f"{self.grid_size} grid; got {self.enhancement_num_heads}. Leave it out to have one chosen."
+                f"{self.grid_size} grid; got {heads!r}. Leave it out to have one chosen."
             )
 
     def __setattr__(self, name, value):
@@ -137,12 +112,17 @@ class IeftConfig(ViltConfig):
             raise ValueError(str(error)) from error
 
     def _check_ranges(self):
-        for name in SIZES.keys() - {"enhancement_num_heads"}:
-            _check_whole(name, getattr(self, name))
-        for name, (lowest, highest) in NUMBERS.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
-                raise ValueError(f"{name} must be a number from {lowest} to {highest}; got {value!r}.")
+        for name, ends in RANGES.items():
+            _check_range(name, getattr(self, name), ends)
+        blocks = self.enhancement_layers
+        known = range(self.num_hidden_layers)
+        is_list = isinstance(blocks, list | tuple) and all(type(block) is int and block in known for block in blocks)
+        if not is_list or sorted(set(blocks)) != list(blocks):
+            raise ValueError(
+                f"enhancement_layers must be a list of rising block indices below num_hidden_layers={len(known)}, "
+                f"each once; got {blocks!r}."
+            )
+        self.enhancement_layers = list(blocks)
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}; got {self.hidden_act!r}.")
         if type(self.dtype).__name__ not in ("NoneType", "dtype", "str"):
@@ -219,22 +199,18 @@ class IeftConfig(ViltConfig):
 def _square(name, size):
     """A side length from an integer or from a pair of equal integers."""
     side = size if isinstance(size, int) else size[0] if len(size) == 2 and size[0] == size[1] else None
-    if side is not None:
-        _check_whole(name, side)
-        return side
-    raise ValueError(f"IEFT reads square grids: {name} must be one integer or two equal ones; got {size}.")
+    if side is None:
+        raise ValueError(f"IEFT reads square grids: {name} must be one integer or two equal ones; got {size}.")
+    return side
 
 
-def _check_whole(name, value):
-    lowest, highest = SIZES[name]
-    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
-        raise ValueError(f"{name} must be a whole number from {lowest} to {highest:,}; got {value!r}.")
-
-
-def _block_indices(blocks):
-    if not isinstance(blocks, list | tuple) or not all(type(block) is int for block in blocks):
-        raise ValueError(f"enhancement_layers must be a list of block indices; got {blocks!r}.")
-    return list(blocks)
+def _check_range(name, value, ends):
+    lowest, highest = ends
+    is_whole = isinstance(highest, int)
+    kind = int if is_whole else int | float
+    if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value <= highest:
+        number = "whole number" if is_whole else "number"
+        raise ValueError(f"{name} must be a {number} from {lowest:g} to {highest:,}; got {value!r}.")
 
 
 def _check_further_fields(config_class, fields):
@@ -243,11 +219,8 @@ def _check_further_fields(config_class, fields):
         own = getattr(config_class, name, None)
         if name.startswith("__") or callable(own) or name in ("attribute_map", "sub_configs", "sub_configs_defaults"):
             raise ValueError(f"{name!r} cannot be a field of config.json: it would replace a part of IeftConfig.")
-    labels = fields.get("num_labels")
-    if labels is not None and (
-        isinstance(labels, bool) or not isinstance(labels, int) or not 0 <= labels <= MAX_LABELS
-    ):
-        raise ValueError(f"num_labels must be a whole number from 0 to {MAX_LABELS:,}; got {labels!r}.")
+    if fields.get("num_labels") is not None:
+        _check_range("num_labels", fields["num_labels"], (0, MAX_LABELS))
     if not isinstance(fields.get("quantization_config", {}), dict | type(None)) and not hasattr(
         fields["quantization_config"], "to_dict"
     ):
