@@ -185,6 +185,9 @@ class IeftTrainer(Trainer):
         if train_dataset is not None:
             _check_items(train_dataset, args)
             options.setdefault("data_collator", train_dataset.collate)
+        if args.n_gpu > 1:
+            logger.warning("One of %d GPUs is used. To use all, start by accelerate launch or torchrun.", args.n_gpu)
+            args._n_gpu = 1  # the Trainer would split each batch over them, pairs and all
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **options)
         self._train_batch_size = args.train_batch_size // args.world_size  # of the loader of each process
         self.add_callback(_EpochOfItems(train_dataset))
@@ -193,11 +196,6 @@ class IeftTrainer(Trainer):
         self._batch = None  # of the current step
         self._overflows = 0  # consecutive steps with float16 overflow
         self._is_saving = False
-
-    def _get_train_sampler(self, train_dataset=None):
-        if self.args.batches == "neighbours":
-            return NeighbourSampler(self.train_dataset)
-        return super()._get_train_sampler(train_dataset)
 
     def train(self, resume_from_checkpoint=None, **options):
         """As `Trainer.train`.
@@ -527,6 +525,14 @@ class IeftTrainer(Trainer):
         finite = torch.isfinite(batch["pixel_values"]).flatten(1).all(dim=1).tolist()
         rows = self.train_dataset.describe(batch["items"].tolist())
         return [row | {"pixels_are_finite": each} for row, each in zip(rows, finite, strict=True)]
+
+    # Overridden private methods of transformers' Trainer follow (beside them, `_train_batch_size` is set above). They
+    # are tested with transformers 5.24; the lowest declared version is tried by tests/lowest_versions.py.
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.batches == "neighbours":
+            return NeighbourSampler(self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def _run_epoch(self, **options):
         """Take no step in a run that is resumed after its last step: the Trainer alone would take one."""
