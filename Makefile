@@ -21,9 +21,13 @@ demo: $(INSTALLED)  ## Train IEFT on synthetic scenes, rank the test split, draw
 	$(BIN)/python run_retrieval.py --dataset_name scenes --output_dir outputs/demo --resume_from_checkpoint true
 	@echo "Look at outputs/demo/ranked.png and outputs/demo/training.png."
 
-app: $(INSTALLED)  ## Search synthetic scenes on a page, http://127.0.0.1:7860, with the network of `make demo`
+app: $(INSTALLED)  ## Search page, http://127.0.0.1:7860: `make app ARCHIVE=photos` for your images; else synthetic scenes
+ifdef ARCHIVE
+	$(BIN)/python app.py --model checkpoints/small --index "outputs/$(notdir $(abspath $(ARCHIVE))).lance" --archive "$(ARCHIVE)"
+else
 	test -f outputs/demo/test_results.json || $(MAKE) demo
 	$(BIN)/python app.py --model outputs/demo --index outputs/scenes.lance --archive outputs/scenes --draw_scenes 400
+endif
 
 test: $(INSTALLED)  ## Run the tests, without network
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
