@@ -41,7 +41,7 @@ from starlette.responses import JSONResponse
 from transformers.utils import logging
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor, draw_scene
-from ieft.data.images import describe_picture, parse_bands, read_picture
+from ieft.data.images import describe_image, parse_bands, read_image
 from ieft.search.archive_files import find_images, read_hit, read_hits
 from ieft.search.explain import draw_heat_map, explain_pair
 from ieft.search.filters import check_where
@@ -351,9 +351,9 @@ def read_upload(file):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata
-            width, height, _ = describe_picture(file)
+            width, height, _ = describe_image(file)
             if width * height <= MOST_PIXELS:
-                return read_picture(file)
+                return read_image(file)
         size = f"{width:,} x {height:,}"
     except Image.DecompressionBombError:
         size = "many more"

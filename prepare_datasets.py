@@ -33,7 +33,7 @@ from ieft.data.archives import extract, is_archive, tar_members
 from ieft.data.builders import SCENES_SEED, CaptionRowsBuilder, ScenesBuilder
 from ieft.data.downloads import download
 from ieft.data.duplicates import group_identical
-from ieft.data.images import parse_bands, read_picture
+from ieft.data.images import parse_bands, read_image
 from ieft.data.invalid_examples import (
     MISSING,
     PACKED,
@@ -389,7 +389,7 @@ def image_faults(rows, kept, num_proc, *, bands=None):
 def image_fault(image, *, bands=None):
     """Why an image cannot be used, or None. PIL's `verify` misses truncated files; reading the pixels finds them."""
     try:
-        read_picture(image, bands=bands)
+        read_image(image, bands=bands)
     except (OSError, ValueError) as error:
         reason = str(error.__cause__)
         return f"{UNREADABLE}: {reason.replace(str(image), image.name) if isinstance(image, Path) else reason}"

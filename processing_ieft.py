@@ -124,7 +124,7 @@ def check_bands(bands: Sequence[int], count: int) -> None:
         raise ValueError(f"it has bands 1 to {count}; band {max(bands)} was asked for")
 
 
-def open_picture(file: str | os.PathLike | bytes) -> Image.Image:
+def open_image(file: str | os.PathLike | bytes) -> Image.Image:
     """Read an image file (path or bytes) as PIL RGB.
 
     Raises:
@@ -296,7 +296,7 @@ def image_to_rgb(image: Any) -> Image.Image:
                 raise ValueError(f"This image cannot be read: {error or type(error).__name__}") from error
     elif not has_file:
         raise _beyond_pillow("This image")
-    return open_picture(name)
+    return open_image(name)
 
 
 class IeftImageProcessor(BaseImageProcessor):
@@ -403,7 +403,7 @@ class IeftImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": np.stack(pixels)}, return_tensors)
 
     def fetch_images(self, images: Any) -> Any:
-        """Read paths, URLs, base64, bytes and open files with `open_picture`; PIL images and arrays stay as they are.
+        """Read paths, URLs, base64, bytes and open files with `open_image`; PIL images and arrays stay as they are.
 
         Raises:
             ValueError: for anything else.
@@ -411,15 +411,15 @@ class IeftImageProcessor(BaseImageProcessor):
         if isinstance(images, list | tuple):
             return [self.fetch_images(image) for image in images]
         if isinstance(images, str):
-            return open_picture(_fetch(images))
+            return open_image(_fetch(images))
         if isinstance(images, os.PathLike):
-            return open_picture(os.fspath(images))
+            return open_image(os.fspath(images))
         if isinstance(images, bytes | bytearray):
-            return open_picture(bytes(images))
+            return open_image(bytes(images))
         if isinstance(images, Image.Image):
             return images
         if hasattr(images, "read"):
-            return open_picture(images.read(MAX_IMAGE_BYTES))
+            return open_image(images.read(MAX_IMAGE_BYTES))
         if hasattr(images, "detach"):  # of torch; numpy has no bfloat16
             images = images.detach().cpu()
             images = (images.float() if images.is_floating_point() else images).numpy()
@@ -596,7 +596,7 @@ __all__ = [
     "image_to_rgb",
     "is_faithful",
     "open_lazily",
-    "open_picture",
+    "open_image",
     "stretch_to_bytes",
     "to_rgb",
 ]

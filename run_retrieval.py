@@ -686,7 +686,7 @@ def predict(trainer, processor, test, data_args, num_bad_rows):
         folder = Path(trainer.args.output_dir)
         write_json(folder / "test_results.json", results)
         ranked_sheet(
-            scores, evaluation_set.images.picture, evaluation_set.captions, evaluation_set.caption_image,
+            scores, evaluation_set.images.image, evaluation_set.captions, evaluation_set.caption_image,
             caption_text_id=evaluation_set.caption_text_id,
         ).save(folder / "ranked.png")  # fmt: skip
         if trainer.state.log_history:

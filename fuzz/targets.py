@@ -24,14 +24,14 @@ from transformers import BertTokenizer
 from configuration_ieft import IeftConfig
 from convert_checkpoint import build_model, published_config, read_tensors, rename_published
 from ieft.data.archives import Limits, extract
-from ieft.data.images import read_picture
+from ieft.data.images import read_image
 from ieft.data.invalid_examples import describe, usable_rows
 from ieft.data.sources import read_source
 from ieft.evaluation.ranking import _ScoreCache
 from ieft.search.filters import check_where, fetch
 from ieft.search.index import METADATA
 from modeling_ieft import IeftForImageTextRetrieval
-from processing_ieft import IeftImageProcessor, IeftProcessor, open_picture
+from processing_ieft import IeftImageProcessor, IeftProcessor, open_image
 from run_retrieval import parse_arguments
 
 TINY = {
@@ -109,11 +109,11 @@ def archives(folder, data):
 
 
 def images(folder, data):
-    assert open_picture(data).mode == "RGB"
+    assert open_image(data).mode == "RGB"
 
 
 def pictures(folder, data):
-    assert read_picture(data).mode == "RGB"
+    assert read_image(data).mode == "RGB"
 
 
 def configs(folder, data):

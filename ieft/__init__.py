@@ -11,7 +11,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import processing_ieft
 from configuration_ieft import IeftConfig
-from ieft.data.images import read_picture
+from ieft.data.images import read_image
 from modeling_ieft import IeftForImageTextRetrieval, IeftModel
 from pipeline_ieft import ImageTextRetrievalPipeline
 from processing_ieft import IeftImageProcessor, IeftProcessor
@@ -28,7 +28,7 @@ LOADED_ON_FIRST_USE = {
     "load_retrieval_dataset": "prepare_datasets",
 }
 
-processing_ieft.FULL_READER = read_picture
+processing_ieft.FULL_READER = read_image
 AutoConfig.register("ieft", IeftConfig, exist_ok=True)
 AutoModel.register(IeftConfig, IeftModel, exist_ok=True)
 # As the cross-encoders of text retrieval: a pair goes in, one logit comes out.

@@ -78,7 +78,7 @@ def write_model_card(
         repo_id=repo_id,
         base_model=base_model,
         training_arguments=training_arguments,
-        has_ranking_picture=(folder / "ranked.png").is_file(),
+        has_ranking_figure=(folder / "ranked.png").is_file(),
     )
     path = folder / "README.md"
     if path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
@@ -98,7 +98,7 @@ def is_generated(card: str) -> bool:
 
 def render_model_card(
     config: IeftConfig, results: Mapping[str, Any] | None = None, *, repo_id: str, base_model: str | None = None,
-    training_arguments: Mapping[str, Any] | None = None, has_ranking_picture: bool = False,
+    training_arguments: Mapping[str, Any] | None = None, has_ranking_figure: bool = False,
 ) -> str:  # fmt: skip
     """The text of a model card with its metadata; arguments as `write_model_card`."""
     measured = {name: value for name, value in (results or {}).items() if _is_measured(value)}
@@ -131,7 +131,7 @@ def render_model_card(
         protocol=measured.get("protocol"),
         protocol_sentence=PROTOCOLS.get(str(measured.get("protocol"))),
         training_arguments=training_arguments,
-        has_ranking_picture=has_ranking_picture,
+        has_ranking_figure=has_ranking_figure,
         network=_network_facts(config),
         fusion_layer=config.first_joint_layer,
         versions=_versions(),

@@ -31,7 +31,7 @@ import httpx  # noqa: E402
 from test_index import CAPTIONS, checkpoint, loaded  # noqa: E402, F401
 
 import app  # noqa: E402
-from ieft.data.images import read_picture  # noqa: E402
+from ieft.data.images import read_image  # noqa: E402
 from ieft.search.archive_files import find_images  # noqa: E402
 from ieft.search.explain import draw_heat_map, explain_pair  # noqa: E402
 from ieft.search.index import ImageIndex  # noqa: E402
@@ -219,7 +219,7 @@ def test_a_sentence_finds_images_and_a_click_says_why(open_page, index, loaded):
     page.locator("#gallery .thumbnail-item").nth(1).click()
     page.wait_for_selector("#reasons .word")
     assert Path(hits[1]["file"]).name in page.inner_text("#reasons table")
-    picture = read_picture(hits[1]["file"])
+    picture = read_image(hits[1]["file"])
     explanation = explain_pair(*loaded, picture, CAPTIONS[0])
     words = [" ".join(text.split()) for text in page.locator("#reasons .word").all_inner_texts()]
     assert words == [f"{word} {part:+.2f}" for word, part in explanation.words]
@@ -231,10 +231,10 @@ def test_an_image_finds_itself_and_a_click_shows_it(open_page, index, archive):
     page = open_page(expected=UPLOAD_NOISE)
     file = archive / "Scene_04.png"
     upload(page, file.read_bytes())
-    hits = index.search_image(read_picture(file), top_k=12)
+    hits = index.search_image(read_image(file), top_k=12)
     assert labels(page) == expected_labels(hits) and labels(page)[0] == "1. 1.00 shortlist"
     page.locator("#gallery .thumbnail-item").first.click()
-    assert difference(shown_picture(page), read_picture(file)) < 20
+    assert difference(shown_picture(page), read_image(file)) < 20
     assert "Scene_04.png" in page.inner_text("#reasons") and not page.locator("#reasons .word").count()
 
 

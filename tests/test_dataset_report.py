@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ieft.data.report import ALIKE_BITS, hash_picture, look_at, measure_collection, recall_ceiling, write_report
+from ieft.data.report import ALIKE_BITS, hash_image, look_at, measure_collection, recall_ceiling, write_report
 from ieft.evaluation.metrics import keep_unique_captions, retrieval_recalls
 from prepare_datasets import main
 
@@ -47,7 +47,7 @@ def photograph(seed):
 
 
 def test_hashes_know_an_image_saved_again_and_no_other(tmp_path):
-    hashes = [hash_picture(photograph(seed)) for seed in range(30)]
+    hashes = [hash_image(photograph(seed)) for seed in range(30)]
     for seed in range(30):
         photograph(seed).save(tmp_path / "a.jpg", quality=60)
         photograph(seed).resize((90, 90)).save(tmp_path / "b.png")

@@ -28,7 +28,7 @@ from ieft.search.filters import check_where  # noqa: E402
 from ieft.search.index import ImageIndex  # noqa: E402
 from modeling_ieft import IeftForImageTextRetrieval, IeftModel  # noqa: E402
 from prepare_datasets import image_fault  # noqa: E402
-from processing_ieft import IeftImageProcessor, IeftProcessor, open_picture  # noqa: E402
+from processing_ieft import IeftImageProcessor, IeftProcessor, open_image  # noqa: E402
 from ranking_ieft import find_processor  # noqa: E402
 from run_retrieval import parse_arguments  # noqa: E402
 
@@ -51,7 +51,7 @@ def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
     path = tmp_path / "photo.png"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
-    for read in (open_picture, image_fault, IeftImageProcessor(32)):
+    for read in (open_image, image_fault, IeftImageProcessor(32)):
         try:
             assert "unreadable" in str(read(str(path)))
         except ValueError as error:
@@ -65,7 +65,7 @@ def test_a_bomb_of_pixels_is_an_error_of_ours(tmp_path):
 
     header = struct.pack(">I", 13) + b"IHDR" + chunk + struct.pack(">I", zlib.crc32(b"IHDR" + chunk))
     with pytest.raises(ValueError, match="exceeds limit"):
-        open_picture(PNG[:8] + header + PNG[33:])
+        open_image(PNG[:8] + header + PNG[33:])
 
 
 # Checkpoints and configurations --------------------------------------------------------------------------------------

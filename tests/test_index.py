@@ -21,7 +21,7 @@ pytest.importorskip("lancedb", reason="the vector store, extra `search`, is not 
 
 from lancedb.index import IvfPq  # noqa: E402
 
-from ieft.data.images import read_picture  # noqa: E402
+from ieft.data.images import read_image  # noqa: E402
 from ieft.search import index as index_module  # noqa: E402
 from ieft.search.archive_files import find_images, read_hit  # noqa: E402
 from ieft.search.index import ImageIndex, merge_overlaps  # noqa: E402
@@ -82,7 +82,7 @@ def test_the_shortlist_is_a_comparison_with_every_vector(index):
 
 def test_vectors_are_those_of_each_image_alone(index):
     for row in index.rows(columns=["file", "vector"])[::5]:
-        alone = index.embed_images([read_picture(row["file"])])[0]
+        alone = index.embed_images([read_image(row["file"])])[0]
         np.testing.assert_allclose(row["vector"], alone, atol=1e-5)
 
 
@@ -99,7 +99,7 @@ def test_search_re_ranks_the_shortlist_as_the_plain_model_does(index, loaded):
 
 def test_an_image_finds_itself(index, archive):
     file = find_images(archive)[3]
-    best = index.search_image(read_picture(file), top_k=1)[0]
+    best = index.search_image(read_image(file), top_k=1)[0]
     assert best["file"] == str(file.resolve())
     assert best["score"] == pytest.approx(1, abs=1e-5)
 
@@ -361,7 +361,7 @@ def test_captions_for_an_image_are_re_ranked_as_the_plain_model_does(index, arch
     model, processor = loaded
     assert index.add_captions([*CAPTIONS, " ", CAPTIONS[0] + " "]) == {"added": 3, "unchanged": 0}
     assert index.add_captions(["it's a beach .", CAPTIONS[1]]) == {"added": 1, "unchanged": 1}
-    image = read_picture(find_images(archive)[2])
+    image = read_image(find_images(archive)[2])
     captions = [*CAPTIONS, "it's a beach ."]
     hits = index.search_captions(image, rerank_top_k=4)
     ranked = model.rank(image, captions, processor=processor)

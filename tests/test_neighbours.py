@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ieft.data.hard_scenes import draw_twin
-from ieft.training.hard_negatives import NeighbourSampler
+from ieft.training.hard_negatives import HardNegativeSampler
 
 
 class Items(SimpleNamespace):
@@ -32,7 +32,7 @@ def items():
 
 @pytest.fixture
 def sampler(items):
-    return NeighbourSampler(items)
+    return HardNegativeSampler(items)
 
 
 def slow_similarity(captions, one, other):
@@ -83,4 +83,4 @@ def test_few_captions_are_no_trouble():
         caption_tokens=[["a"], ["a", "b"]], caption_image=np.array([0, 1]), caption_text_id=np.array([0, 1]),
         image_text_ids=[np.array([0]), np.array([1])], seed=0, epoch=0,
     )  # fmt: skip
-    assert sorted(NeighbourSampler(items)) == [0, 1]
+    assert sorted(HardNegativeSampler(items)) == [0, 1]

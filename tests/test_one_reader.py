@@ -17,7 +17,7 @@ import app
 import ieft  # noqa: F401 (makes the reader known to the processor)
 import processing_ieft
 from ieft.data import images
-from ieft.data.images import Scene, Window, read_picture
+from ieft.data.images import Scene, Window, read_image
 from ieft.search.archive_files import read_hit
 from prepare_datasets import load_retrieval_dataset
 from processing_ieft import IeftImageProcessor, array_to_rgb, to_rgb
@@ -141,7 +141,7 @@ def processed(image):
 def test_every_way_gives_the_same_pixels(tmp_path, monkeypatch, name):
     path = tmp_path / name
     KINDS[name](path)
-    expected = np.asarray(read_picture(path))
+    expected = np.asarray(read_image(path))
     assert expected.shape == (SIDE, SIDE, 3) and expected.std() > 20
     (tmp_path / "rows.jsonl").write_text(
         "\n".join(json.dumps({"image": name, "captions": ["a field ."], "split": split, "id": split})
@@ -152,7 +152,7 @@ def test_every_way_gives_the_same_pixels(tmp_path, monkeypatch, name):
     for seed, other in enumerate(("other.png", "more.png")):
         Image.fromarray(np.random.default_rng(seed).integers(0, 255, (9, 9, 3), np.uint8)).save(tmp_path / other)
     ways = {
-        "bytes": np.asarray(read_picture(path.read_bytes())),
+        "bytes": np.asarray(read_image(path.read_bytes())),
         "processor, path": processed(str(path)),
         "dataset": np.asarray(
             to_rgb(load_retrieval_dataset(str(tmp_path / "rows.jsonl"), cache_dir=tmp_path)["test"][0]["image"])
@@ -180,7 +180,7 @@ def test_every_way_gives_the_same_pixels(tmp_path, monkeypatch, name):
 def test_the_colours_are_those_that_the_file_means(tmp_path):
     def read(name):
         KINDS[name](tmp_path / name)
-        return np.asarray(read_picture(tmp_path / name))
+        return np.asarray(read_image(tmp_path / name))
 
     palette = np.array([COLOURS[level] for level in range(32)], np.uint8)[BYTES[0] % 32]
     assert np.array_equal(read("palette.tif"), palette) and np.array_equal(read("palette_later.tif"), palette)
@@ -190,7 +190,7 @@ def test_the_colours_are_those_that_the_file_means(tmp_path):
         shown = read(name)
         assert not shown[:20].any() and shown[20:].std() > 20, name
     KINDS["drone.jpg"](tmp_path / "drone.jpg")
-    turned = np.asarray(read_picture(tmp_path / "drone.jpg")).astype(int)
+    turned = np.asarray(read_image(tmp_path / "drone.jpg")).astype(int)
     upright = np.asarray(Image.fromarray(SMOOTH.transpose(1, 2, 0)).rotate(-90))
     assert np.abs(turned - upright).mean() < 30 < np.abs(turned - SMOOTH.transpose(1, 2, 0)).mean()
     with pytest.raises(TypeError), Image.open(tmp_path / "drone.jpg") as image:
@@ -210,10 +210,10 @@ def test_every_tiff_is_turned_upright_whole_and_by_window(tmp_path, monkeypatch,
     path = tmp_path / "a.tif"
     stored = BYTES[:3, :40] if options else DEEP[:1, :40]  # higher than wide, and wider than high
     write(path, stored, **options)
-    expected = UPRIGHT[orientation](np.asarray(read_picture(path)))
+    expected = UPRIGHT[orientation](np.asarray(read_image(path)))
     set_orientation(path, orientation)
     for file in (path, path.read_bytes()):
-        assert np.array_equal(np.asarray(read_picture(file)), expected)
+        assert np.array_equal(np.asarray(read_image(file)), expected)
     assert np.array_equal(np.asarray(to_rgb(Image.open(path))), expected) or "nodata" in options
     monkeypatch.setattr(images, "MAX_PIXELS", 0)
     with Scene(path) as scene:
@@ -225,9 +225,9 @@ def test_deep_colours_that_pillow_would_clip_are_refused_by_name(tmp_path):
     path = tmp_path / "a.ppm"
     path.write_bytes(b"P6 64 64 65535\n" + DEEP[:3].transpose(1, 2, 0).astype(">u2").tobytes())
     with pytest.raises(ValueError, match=r"a\.ppm cannot be read as an image: .* bit depth"):
-        read_picture(path)
+        read_image(path)
     path.write_bytes(b"P6 64 64 255\n" + BYTES[:3].transpose(1, 2, 0).tobytes())
-    assert np.array_equal(np.asarray(read_picture(path)), np.asarray(PHOTO))
+    assert np.array_equal(np.asarray(read_image(path)), np.asarray(PHOTO))
 
 
 ASKED = {
@@ -244,7 +244,7 @@ def test_what_would_have_to_be_guessed_is_asked_for_by_every_way(tmp_path, monke
     path = tmp_path / "a.tif"
     ASKED[kind](path)
     bands = (1,) if kind == "two bands" else (2, 1, 4) if kind != "alpha that is none" else (1, 2, 3)
-    expected = np.asarray(read_picture(path, bands=bands))
+    expected = np.asarray(read_image(path, bands=bands))
     if most_pixels is not None:
         monkeypatch.setattr(images, "MAX_PIXELS", most_pixels)
     with pytest.raises(ValueError, match="such as --bands"), Scene(path) as scene:
@@ -340,7 +340,7 @@ def test_only_formats_known_by_their_content_are_opened(tmp_path, kind, name):
     write(secret, BYTES[:1])
     (tmp_path / name).write_bytes(DISGUISED[kind](secret))
     for read in (
-        read_picture,
+        read_image,
         Scene,
         lambda file: IeftImageProcessor(8)(str(file)),
         lambda file: app.read_upload(str(file)),
@@ -351,14 +351,14 @@ def test_only_formats_known_by_their_content_are_opened(tmp_path, kind, name):
 
 def test_neighbours_of_a_file_are_not_taken_for_parts_of_it(tmp_path, monkeypatch):
     write(tmp_path / "a.tif", DEEP[:3], photometric="rgb")
-    expected = np.asarray(read_picture(tmp_path / "a.tif"))
+    expected = np.asarray(read_image(tmp_path / "a.tif"))
     write(tmp_path / "a.tif.ovr", DEEP[:3, ::2, ::2] * 0)
     write(tmp_path / "a.tif.msk", BYTES[:1] * 0)
     (tmp_path / "a.tif.aux.xml").write_text(
         "<PAMDataset><PAMRasterBand band='1'><ColorInterp>Blue</ColorInterp><NoDataValue>400</NoDataValue>"
         "</PAMRasterBand></PAMDataset>"
     )
-    assert np.array_equal(np.asarray(read_picture(tmp_path / "a.tif")), expected)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.tif")), expected)
     monkeypatch.setattr(images, "MAX_PIXELS", 0)
     with Scene(tmp_path / "a.tif") as scene:
         assert np.array_equal(np.asarray(scene.read(Window(0, 0, SIDE, SIDE))), expected)

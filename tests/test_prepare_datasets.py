@@ -19,7 +19,7 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 
 import prepare_datasets
-from ieft.data.images import read_picture
+from ieft.data.images import read_image
 from ieft.data.streaming import stream_hub_dataset
 from prepare_datasets import BadRowsError, load_lazily, load_retrieval_dataset, main, published_counts
 from processing_ieft import to_rgb
@@ -235,7 +235,7 @@ def test_scenes_of_every_kind_come_out_as_they_are_read(tmp_path, bands, depth, 
     lazy, _ = load_lazily(str(folder), bands=chosen)
     for name, split in splits.items():
         for row, same in zip(split, lazy[name], strict=True):
-            expected = read_picture(folder / "images" / row["filename"], bands=(3, 2, 1) if chosen else None)
+            expected = read_image(folder / "images" / row["filename"], bands=(3, 2, 1) if chosen else None)
             for image in (row["image"], same["image"]):
                 assert np.array_equal(np.asarray(to_rgb(image)), np.asarray(expected))
             assert np.asarray(expected).mean() > 90 and row["captions"] == same["captions"]
@@ -252,7 +252,7 @@ def test_bands_that_were_not_chosen_are_asked_for_before_anything(tmp_path, caps
     assert main([*command, "--bands", "4,3,2"]) == 0
     first = datasets.load_dataset(str(tmp_path / "out"))["train"][0]["image"]
     assert np.array_equal(
-        np.asarray(first), np.asarray(read_picture(folder / "images" / "train_0.tif", bands=(4, 3, 2)))
+        np.asarray(first), np.asarray(read_image(folder / "images" / "train_0.tif", bands=(4, 3, 2)))
     )
     assert main([*command, "--bands", "1,2,3"]) == 1 and "pass --overwrite" in capsys.readouterr().err
     assert main([*command, "--bands", "1,2,3", "--overwrite"]) == 0 and "out written" in capsys.readouterr().out

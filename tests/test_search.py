@@ -10,7 +10,7 @@ pytest.importorskip("lancedb", reason="the vector store, extra `search`, is not 
 
 from test_index import CAPTIONS, NUM_IMAGES, archive, checkpoint  # noqa: E402, F401
 
-from ieft.data.images import read_picture  # noqa: E402
+from ieft.data.images import read_image  # noqa: E402
 from ieft.search.archive_files import read_hit  # noqa: E402
 from ieft.search.command import draw_sheet, hit_table, main  # noqa: E402
 
@@ -112,7 +112,7 @@ def test_bands_are_asked_for_and_remembered(run, tmp_path, tile):
     assert run("index", scene, *tile, "--bands", "4,3,2")[0] == 0
     count = 9 if tile else 1
     assert f"0 added, {count} unchanged" in run("index", scene, *tile)[1].out  # chosen before
-    expected = np.asarray(read_picture(scene, bands=(4, 3, 2)))
+    expected = np.asarray(read_image(scene, bands=(4, 3, 2)))
     for hit in json.loads(run("query", CAPTIONS[0], "--json", "--top_k", 20)[1].out):
         part = expected[hit["row"] : hit["row"] + hit["tile_height"], hit["col"] : hit["col"] + hit["tile_width"]]
         assert hit["bands"] == "4,3,2" and np.array_equal(np.asarray(read_hit(hit)), part)

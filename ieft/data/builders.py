@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 
 from ieft.data import hard_scenes, scenes
-from ieft.data.images import is_plain, read_picture
+from ieft.data.images import is_plain, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +28,12 @@ def make_example(row, *, bands=None):
     """A row as the library stores it, and whether its image had to be converted.
 
     Plain image files are referred to by absolute path. Others, which the library's decoding would distort or fail to
-    read, are read by `read_picture` and stored as 8-bit RGB PNG.
+    read, are read by `read_image` and stored as 8-bit RGB PNG.
     """
     image, plain = row["image"], is_plain(row["image"], bands=bands)
     if not plain:
         encoded = io.BytesIO()
-        read_picture(image, bands=bands).save(encoded, "PNG")
+        read_image(image, bands=bands).save(encoded, "PNG")
         image = encoded.getvalue()
     image = {"path": None, "bytes": image} if isinstance(image, bytes) else str(image)
     return {"image": image, "filename": row["filename"], "captions": row["captions"]}, not plain

@@ -32,7 +32,7 @@ class Window(NamedTuple):
     height: int
 
 
-def read_picture(file, *, bands=None):
+def read_image(file, *, bands=None):
     """Read an image file as upright PIL RGB of at most `MAX_PIXELS`.
 
     Args:
@@ -53,7 +53,7 @@ def read_picture(file, *, bands=None):
 
 
 def is_plain(file, *, bands=None):
-    """Whether Pillow with `processing_ieft.to_rgb` gives exactly the pixels of `read_picture`.
+    """Whether Pillow with `processing_ieft.to_rgb` gives exactly the pixels of `read_image`.
 
     Such files can be stored unchanged; others must be stored as the image that was read.
     """
@@ -72,7 +72,7 @@ def is_plain(file, *, bands=None):
         return False
 
 
-def describe_picture(file):
+def describe_image(file):
     """Width, height and mode of an image file as stored: Pillow's mode, or bands and type as "13 x uint16"."""
     try:
         with open_lazily(file) as image:
@@ -107,14 +107,14 @@ class Scene:
         Args:
             file: a path.
             limits: the stretch range from an earlier opening; it avoids reading the image at a smaller scale.
-            bands: as in `read_picture`.
+            bands: as in `read_image`.
 
         Raises:
-            FileNotFoundError, ValueError: as `read_picture`.
+            FileNotFoundError, ValueError: as `read_image`.
         """
         self.file, self._raster, self._image = file, None, None
         with _errors_named(file):
-            width, height, _ = describe_picture(file)
+            width, height, _ = describe_image(file)
             if width * height <= MAX_PIXELS or not has_raster_driver(file, windows=True):
                 self._image = _read_by_pillow(file, bands)
             if self._image is None:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from ieft.data.images import describe_picture, read_picture
+from ieft.data.images import describe_image, read_image
 from ieft.data.invalid_examples import check_captions
 
 SPLITS = ("train", "validation", "test")
@@ -60,12 +60,12 @@ def measure_collection(rows, bad_rows, *, bands=None, num_proc=None):
 def look_at(image, *, bands=None):
     """Width, height, mode and perceptual hash of an image, or None if it cannot be read."""
     try:
-        return None if image is None else (*describe_picture(image), hash_picture(read_picture(image, bands=bands)))
+        return None if image is None else (*describe_image(image), hash_image(read_image(image, bands=bands)))
     except (OSError, ValueError):
         return None
 
 
-def hash_picture(picture):
+def hash_image(picture):
     """dHash (Krawetz 2013): whether each of 16 x 16 cells is brighter than its left neighbour, as 4 x 64 bits."""
     grey = picture.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
     cells = np.asarray(grey)
@@ -144,7 +144,7 @@ def write_report(title, rows, facts):
     """The files of a report as name -> content: `report.txt`, `report.png` and, with every sentence and pair,
     `report.json`."""
     picture = io.BytesIO()
-    report_picture(title, rows, facts).savefig(picture, dpi=110, format="png")
+    report_figure(title, rows, facts).savefig(picture, dpi=110, format="png")
     return {
         "report.txt": f"{report_text(title, facts)}\n".encode(),
         "report.json": f"{json.dumps(facts, indent=2)}\n".encode(),
@@ -206,7 +206,7 @@ def _listed(counts):
     return ", ".join([*shown, *([f"{more:,} x other"] if more else [])]) or "none"
 
 
-def report_picture(title, rows, facts):
+def report_figure(title, rows, facts):
     """The report as a matplotlib figure: counts, lengths, ceilings, sentences, sizes and near duplicates."""
     from matplotlib.figure import Figure
 
@@ -306,6 +306,6 @@ def _draw_pairs(figure, place, rows, pairs):
             axes = figure.add_subplot(slots[0, number])
             axes.set_axis_off()
             pair, side = pairs[number // 2], number % 2
-            axes.imshow(read_picture(rows[pair["rows"][side]]["image"]).resize((160, 160)))
+            axes.imshow(read_image(rows[pair["rows"][side]]["image"]).resize((160, 160)))
             label = f"{pair['splits'][side]}\n{pair['images'][side][-20:]}"
             axes.text(0, 1, label, transform=axes.transAxes, fontsize=7, va="top", backgroundcolor="#ffffffc0")

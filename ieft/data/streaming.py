@@ -12,7 +12,7 @@ import datasets
 from huggingface_hub.errors import HfHubHTTPError
 
 from ieft.data.builders import FEATURES, make_example
-from ieft.data.images import read_picture
+from ieft.data.images import read_image
 from ieft.data.invalid_examples import MISSING, BadRow, BadRowsError, describe, make_bad_rows, usable_rows
 from ieft.data.locate import SPLIT_NAMES
 from ieft.data.sources import split_of_value, table_source
@@ -38,7 +38,7 @@ class LazyRows:
         if isinstance(which, str):
             return [row[which] for row in self.rows]
         row = self.rows[which]
-        return row | {"image": read_picture(row["image"], bands=self.bands)}
+        return row | {"image": read_image(row["image"], bands=self.bands)}
 
     def __iter__(self):
         return (self[number] for number in range(len(self)))

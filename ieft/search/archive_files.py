@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ieft.data.images import describe_picture, parse_bands, read_picture
+from ieft.data.images import describe_image, parse_bands, read_image
 from ieft.data.rasters import Raster, has_raster_driver
 from ieft.search.geography import (
     OWN_SIDES,
@@ -71,7 +71,7 @@ def read_hit(hit):
     """
     bands = parse_bands(hit.get("bands") or None)
     if not hit["tiling"] or not Path(hit["file"]).exists():
-        return read_picture(hit["file"], bands=bands)
+        return read_image(hit["file"], bands=bands)
     with Scene(hit["file"], hit["limits"], bands=bands) as scene:
         return scene.read(Window(hit["col"], hit["row"], hit["tile_width"], hit["tile_height"]))
 
@@ -161,8 +161,8 @@ def plan_tiles(file, tile, overlap, *, bands=None):
 
 def read_whole(file, *, bands=None):
     """The index row of a whole image, and the image."""
-    picture = read_picture(file, bands=bands)
-    width, height, _ = describe_picture(file)  # as stored; the image read may be smaller
+    picture = read_image(file, bands=bands)
+    width, height, _ = describe_image(file)  # as stored; the image read may be smaller
     row = _describe_file(file, width, height, Window(0, 0, width, height))
     return row | next(read_place_and_time(file)), picture
 

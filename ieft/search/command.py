@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageOps
 from transformers.utils import logging
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor
-from ieft.data.images import parse_bands, read_picture
+from ieft.data.images import parse_bands, read_image
 from ieft.search.archive_files import find_images, read_hits
 from ieft.search.explain import draw_heat_map, explain_pair
 from ieft.search.feature_cache import KINDS
@@ -223,7 +223,7 @@ def look_up_caption(index, args):
 
 def look_up_image(index, args):
     """Search captions (explained with --explain) and similar images: {"captions": hits, "images": hits}."""
-    image = read_picture(args.image, bands=parse_bands(args.bands))
+    image = read_image(args.image, bands=parse_bands(args.bands))
     options = {"rerank_top_k": args.rerank_top_k, "similarity_weight": args.similarity_weight}
     captions = index.search_captions(image, top_k=args.top_k, **options)
     for hit in captions if args.explain else ():

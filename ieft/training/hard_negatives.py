@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 GROUP = 8  # similar captions in a row; a batch holds several groups
 
 
-class NeighbourSampler(Sampler):
+class HardNegativeSampler(Sampler):
     """Samples row numbers of `items` (`ieft.training.items.TrainingItems`) by its seed and current epoch."""
 
     def __init__(self, items, *, group=GROUP):

@@ -42,14 +42,14 @@ class SplitImages(Dataset):
     def __getitem__(self, row):
         return torch.from_numpy(self.image_processor.scale_pixels(self.square(row)))
 
-    def picture(self, row):
+    def image(self, row):
         """The image of one row as stored, PIL RGB."""
         return to_rgb(self.split[int(row)]["image"])
 
     def square(self, row):
         """The image of one row, resized to the network's input size: uint8 (image_size, image_size, 3)."""
         if self._squares is None or row not in self._squares:
-            pixels = np.asarray(self.image_processor.fit_square(self.picture(row)))
+            pixels = np.asarray(self.image_processor.fit_square(self.image(row)))
             if self._squares is None:
                 return pixels
             self._squares[row] = pixels
@@ -214,7 +214,7 @@ class TrainingItems(Dataset):
             square = randomly_cropped(self.images.square(image), generator)
         else:
             square = self.images.image_processor.fit_square(
-                randomly_augmented(self.images.picture(image), int(generator.integers(2**32)))
+                randomly_augmented(self.images.image(image), int(generator.integers(2**32)))
             )
         return torch.from_numpy(self.images.image_processor.scale_pixels(np.asarray(square)))
 

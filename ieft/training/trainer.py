@@ -30,7 +30,7 @@ from ieft.evaluation.ranking import score_matrix
 from ieft.training.checkpoints import STATE, UNFINISHED, explained_if_not_written, publish, write_json
 from ieft.training.cost import autocast_type, fit_micro_batch, fixed_memory, measure_batch
 from ieft.training.distributed import average_gradients, gather_rows, largest_over_processes, process_count
-from ieft.training.hard_negatives import NeighbourSampler
+from ieft.training.hard_negatives import HardNegativeSampler
 from ieft.training.losses import FEATURES, GroupedBatch, call_model, candidate_calls, candidate_loss
 from ieft.training.micro_batches import (
     OutOfMemory,
@@ -531,7 +531,7 @@ class IeftTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.batches == "neighbours":
-            return NeighbourSampler(self.train_dataset)
+            return HardNegativeSampler(self.train_dataset)
         return super()._get_train_sampler(train_dataset)
 
     def _run_epoch(self, **options):
