@@ -78,7 +78,9 @@ def test_a_table_comes_back_exactly(writer, rows):
 LISTS = st.lists(CAPTION, min_size=1, max_size=4)
 
 
-@pytest.mark.parametrize("write", [json.dumps, str, lambda each: str(np.array(each, dtype=object))], ids=str)
+@pytest.mark.parametrize(
+    "write", [json.dumps, str, lambda each: str(np.array(each, dtype=object))], ids=["JSON", "Python", "numpy"]
+)
 @settings(max_examples=60, deadline=None)
 @given(captions=LISTS)
 def test_a_list_that_was_written_as_text_comes_back(write, captions):
