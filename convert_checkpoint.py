@@ -211,9 +211,14 @@ def find_folder(source):
         return Path(source)
     if str(source).count("/") > 1 or str(source).endswith((".ckpt", ".pt", ".bin", ".safetensors")):
         raise FileNotFoundError(f"There is no file or folder {source}.")
-    folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.txt", "model*.safetensors"]))
-    if not list(folder.glob("model*.safetensors")):
-        folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.txt", "pytorch_model*.bin"]))
+    try:
+        folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.txt", "model*.safetensors"]))
+        if not list(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.txt", "pytorch_model*.bin"]))
+    except (OSError, ValueError) as error:  # no such model, no network, or not the form of an id
+        raise FileNotFoundError(
+            f"There is no file or folder {str(source)!r}, and no model of that name came from the Hub: {error}"
+        ) from error
     return folder
 
 
@@ -463,25 +468,42 @@ def load_processor(folder, config, *, tokenizer=None, fit=None):
     return IeftProcessor(image_processor, vocabulary, max_caption_tokens=config.max_position_embeddings)
 
 
+def free_folder(output_dir):
+    """The path of a folder that can be created, or replaced because it is empty; links are followed.
+
+    Raises:
+        FileExistsError: if something would be overwritten.
+    """
+    folder = Path(output_dir).resolve()
+    if folder == Path.cwd():
+        raise FileExistsError(f"{str(output_dir)!r} is the current folder. Pass the name of a new one as OUTPUT_DIR.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{output_dir} exists and is not an empty folder. Pass another OUTPUT_DIR.")
+    for parent in folder.parents:
+        if parent.is_file():
+            raise FileExistsError(f"{output_dir} cannot be made: {parent} is a file. Pass another OUTPUT_DIR.")
+    return folder
+
+
 def save_whole(model, processor, output_dir):
     """Save model and processor as a folder, atomically.
 
     Raises:
         FileExistsError: if something would be overwritten.
     """
-    output_dir = Path(output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise FileExistsError(f"{output_dir} exists and is not an empty folder. Pass another OUTPUT_DIR.")
+    output_dir = free_folder(output_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".converting-") as parent:
         unfinished = Path(parent) / output_dir.name
         model.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
+        free_folder(output_dir)  # another process may have made it meanwhile
         unfinished.replace(output_dir)
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("source", help="a ViLT or IEFT checkpoint: a file, URL, folder or Hub id")
     parser.add_argument("output_dir", help="folder to create")
     parser.add_argument("--tokenizer", help="folder or Hub id (default: the source's own, or bert-base-uncased)")
@@ -491,6 +513,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
+        free_folder(args.output_dir)
         model, processor = load_any_checkpoint(args.source, tokenizer=args.tokenizer, image_size=args.image_size)
         save_whole(model, processor, args.output_dir)
     except (OSError, ValueError) as error:

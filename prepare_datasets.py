@@ -501,7 +501,8 @@ def save_parquet(splits, folder, *, title, bad_rows=()):
 
 def main(arguments=None):
     """Read, check, write and push; returns 0, or 1 after printing the reason."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("name_or_path", help="scenes, twins, a benchmark, a folder, file or archive, or user/name")
     parser.add_argument("--data_dir", help="folder, zip or tar of a named benchmark, as distributed; for a file of "
                         "annotations, the folder that image names are relative to")  # fmt: skip

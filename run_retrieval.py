@@ -419,6 +419,13 @@ def check_options(given, stages):
     for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "rerank_top_k", "contrastive_dim"):
         if name in given and given[name] < 1:
             raise ValueError(f"--{name} must be 1 or more; got {given[name]}.")
+    listed = [name_of_results(wish) for wish in given.get("eval_datasets", [])]
+    for name in listed:
+        if listed.count(name) > 1:
+            raise ValueError(
+                f"--eval_datasets has {name} more than once, and results are listed by name: leave one out, or "
+                "evaluate it in another run."
+            )
     if not given.get("selection_cost", 1) > 0:
         raise ValueError(f"--selection_cost must be above 0; got {given['selection_cost']}.")
     if given.get("dataset_name", DataArguments.dataset_name) in SYNTHETIC:
@@ -553,33 +560,46 @@ def load_others(data_args, splits, seed):
     seen = [make_thumbnail(image) for name in ("train", "validation") for image in iterate_images(splits[name])]
     others = {}
     for wish in data_args.eval_datasets:
-        place, split = parse_wish(wish)
-        name, _, folder = place.partition("=")
-        own = {
-            "seed": seed if name == data_args.dataset_name else 0,
-            "on_bad_rows": data_args.on_bad_rows,
-            "bands": data_args.bands,
-        }
-        loaded, bad_rows = (load_lazily if data_args.streaming else load_and_check)(name, folder or None, **own)
+        name, folder, split = parse_wish(wish)
+        same = (name, folder) == (data_args.dataset_name, data_args.data_dir)
+        own = {"seed": seed if same else 0, "on_bad_rows": data_args.on_bad_rows, "bands": data_args.bands}
+        try:
+            loaded, bad_rows = (load_lazily if data_args.streaming else load_and_check)(name, folder, **own)
+        except BadRowsError:
+            raise
+        except ValueError as error:
+            raise ValueError(
+                f"--eval_datasets {wish}: {error}\nHere, NAME=FOLDER stands for a name with its --data_dir; :train, "
+                ":validation or :test may follow."
+            ) from error
         if split not in loaded:
             raise ValueError(f"--eval_datasets {wish}: it has no usable row in its {split} split.")
         wanted = loaded[split]
-        known = [] if name == data_args.dataset_name and split != "test" else seen
+        known = [] if same and split != "test" else seen
         copies = find_copies([make_thumbnail(image) for image in iterate_images(wanted)], known)
         kept = [row for row, copy in enumerate(copies) if not copy]
         if not kept:
             raise ValueError(
-                f"--eval_datasets {wish}: the model was trained on all {len(wanted)} images of its {split} split."
+                f"--eval_datasets {wish}: all {len(wanted)} images of its {split} split are in the training or "
+                f"validation split of {data_args.dataset_name}."
             )
         counts = {"removed_overlap": len(wanted) - len(kept), "bad_rows": len(bad_rows), "split": split}
-        others[name if split == "test" else f"{name}:{split}"] = (wanted.select(kept), counts)
+        others[name_of_results(wish)] = (wanted.select(kept), counts)
     return others
 
 
 def parse_wish(wish):
-    """ "rsicd=FOLDER:validation" -> ("rsicd=FOLDER", "validation"); the test split by default."""
+    """ "rsicd=FOLDER:validation" -> ("rsicd", "FOLDER", "validation"); by default no folder, and the test split."""
     place, _, split = wish.rpartition(":")
-    return (place, split) if split in ("train", "validation", "test") else (wish, "test")
+    place, split = (place, split) if split in ("train", "validation", "test") else (wish, "test")
+    name, _, folder = (place, "", "") if Path(place).exists() else place.partition("=")
+    return name, folder or None, split
+
+
+def name_of_results(wish):
+    """The name under which the results of one of `eval_datasets` are listed."""
+    name, _, split = parse_wish(wish)
+    return name if split == "test" else f"{name}:{split}"
 
 
 def iterate_images(split):
@@ -597,7 +617,10 @@ def rank_others(trainer, processor, others, data_args):
         results[name] |= {"protocol": data_args.protocol, "dataset": name}
         if trainer.is_world_process_zero():
             print(recall_table(results[name]))
-            print(f"{name}: {counts['removed_overlap']} images excluded: the model was trained or selected on them.")
+            print(
+                f"{name}: {counts['removed_overlap']} images excluded: they are in the training or validation split "
+                f"of {data_args.dataset_name}."
+            )
     if trainer.is_world_process_zero():
         write_json(Path(trainer.args.output_dir) / "eval_datasets.json", results)
     return results

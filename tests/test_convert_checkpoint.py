@@ -336,6 +336,65 @@ def test_nothing_is_written_half(tmp_path, capsys, monkeypatch):
     assert list(output.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "output, message",
+    [
+        ("taken", "not an empty folder"),
+        ("link", "not an empty folder"),
+        ("file", "not an empty folder"),
+        ("file/inner", "file is a file"),
+        (".", "is the current folder"),
+        ("", "is the current folder"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_any_work(tmp_path, monkeypatch, capsys, output, message):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").touch()
+    (tmp_path / "link").symlink_to("taken")
+    (tmp_path / "file").touch()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here" if output in (".", "") else tmp_path)
+    with pytest.raises(SystemExit):
+        main(["https://nowhere.invalid/vilt.ckpt", output])
+    assert message in capsys.readouterr().err  # not that there is no such server
+    assert {path.name for path in tmp_path.rglob("*")} == {"taken", "mine", "link", "file", "here"}
+
+
+def test_links_to_a_free_folder_are_followed_and_two_conversions_never_mix(tmp_path):
+    source = save_lightning(tiny_published(), tmp_path / "ieft.ckpt")
+    write_vocabulary(tmp_path, 60)
+    (tmp_path / "empty").mkdir()
+    for link, target in (("link", "empty"), ("dangling", "new")):
+        (tmp_path / link).symlink_to(target)
+        main([str(source), str(tmp_path / link)])
+        assert (tmp_path / target / "model.safetensors").is_file() and (tmp_path / link).is_symlink()
+    model, processor = load_any_checkpoint(source)
+    save = processor.save_pretrained
+
+    def save_late(folder):  # another process finishes meanwhile
+        save(folder)
+        (tmp_path / "both").mkdir()
+        (tmp_path / "both" / "config.json").touch()
+
+    processor.save_pretrained = save_late
+    with pytest.raises(FileExistsError, match="both exists and is not an empty folder"):
+        save_whole(model, processor, tmp_path / "both")
+    assert [path.name for path in (tmp_path / "both").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("source", ["", "folder/", "no/such/model"])
+def test_a_source_that_is_nothing_is_named(source):
+    with pytest.raises(FileNotFoundError, match=f"There is no file or folder '?{source}"):
+        load_any_checkpoint(source)
+
+
+def test_shortened_options_are_refused(capsys):
+    """`--token` is what other commands call the secret for the Hub, and not --tokenizer."""
+    with pytest.raises(SystemExit):
+        main(["ieft.ckpt", "out", "--token", "hf_secret"])
+    assert "unrecognized arguments: --token" in capsys.readouterr().err
+
+
 def test_the_command_writes_a_folder_and_never_over_another(tmp_path):
     make_vilt(tmp_path / "vilt")
     command = [sys.executable, convert_checkpoint.__file__, str(tmp_path / "vilt"), str(tmp_path / "out")]

@@ -200,8 +200,35 @@ def test_any_split_can_be_ranked_as_another_dataset(trained, tmp_path):
     assert [(each["num_images"], each["split"], each["removed_overlap"]) for each in map(results.get, wishes)] == [
         (16, "validation", 0), (16, "test", 0), (100, "validation", 0),
     ]  # fmt: skip
-    assert run_retrieval.parse_wish("rsicd=C:/RSICD:train") == ("rsicd=C:/RSICD", "train")
-    assert run_retrieval.parse_wish("rsicd=C:/RSICD") == ("rsicd=C:/RSICD", "test")
+    assert run_retrieval.parse_wish("rsicd=C:/RSICD:train") == ("rsicd", "C:/RSICD", "train")
+    assert run_retrieval.parse_wish("rsicd=C:/RSICD") == ("rsicd", "C:/RSICD", "test")
+    (tmp_path / "year=2020").mkdir()
+    assert run_retrieval.parse_wish(f"{tmp_path}/year=2020") == (f"{tmp_path}/year=2020", None, "test")
+
+
+def test_another_copy_of_the_dataset_is_ranked_without_the_images_trained_on(tmp_path):
+    """The splits of the copy are others: its validation images are those trained on."""
+    write_fields(tmp_path / "UCM")
+    rows = [json.loads(line) for line in (tmp_path / "UCM" / "rows.jsonl").read_text().splitlines()]
+    folders = {}
+    for folder, names in (("A", {}), ("B", {"train": "validation", "validation": "train"})):
+        folders[folder] = shutil.copytree(tmp_path / "UCM", tmp_path / folder)
+        moved = [row | {"split": names.get(row["split"], row["split"])} for row in rows]
+        (folders[folder] / "rows.jsonl").write_text("\n".join(map(json.dumps, moved)))
+    splits = load_retrieval_dataset("ucm", folders["A"])
+    options = {"dataset_name": "ucm", "data_dir": str(folders["A"])}
+    wanted = run_retrieval.DataArguments(**options, eval_datasets=[f"ucm={folders['A']}:validation"])
+    assert [len(kept) for kept, _ in run_retrieval.load_others(wanted, splits, 0).values()] == [16]
+    wanted = run_retrieval.DataArguments(**options, eval_datasets=[f"ucm={folders['B']}:validation"])
+    with pytest.raises(ValueError, match="all 16 images of its validation split are in the training or validation"):
+        run_retrieval.load_others(wanted, splits, 0)
+
+
+@pytest.mark.parametrize("wish", ["nothere", "ucm", "scenes:tset"])
+def test_a_dataset_to_evaluate_that_cannot_be_found_is_named_with_its_option(wish):
+    scenes = load_retrieval_dataset("scenes")
+    with pytest.raises(ValueError, match=f"--eval_datasets {wish}: .*\n.*NAME=FOLDER.*:validation"):
+        run_retrieval.load_others(run_retrieval.DataArguments(eval_datasets=[wish]), scenes, 0)
 
 
 def test_bad_rows_stop_a_run_before_training_and_are_listed(tmp_path):
@@ -436,6 +463,7 @@ def test_a_misspelt_option_or_choice_is_refused_by_the_parser(capsys, arguments,
         (["--do_predict", "--teacher", "x"], "--teacher has no effect without --do_train"),
         (["--do_train", "--rerank_top_k", "5"], "--rerank_top_k has no effect without --do_predict"),
         (["--do_eval", "--eval_datasets", "ucm"], "--eval_datasets has no effect"),
+        (["--eval_datasets", "ucm=A", "ucm=B"], "--eval_datasets has ucm more than once"),
         (["--do_predict", "--network", "tiny"], "--network has no effect"),
         (["--data_dir", "X"], "--data_dir has no effect on synthetic scenes"),
         (["--dataset_name", "twins", "--bands", "1"], "--bands has no effect on synthetic scenes"),
