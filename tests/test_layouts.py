@@ -18,6 +18,7 @@ from test_archives import write_tar
 from ieft.data.archives import extract
 from ieft.data.duplicates import find_copies, make_thumbnail
 from ieft.data.invalid_examples import BadRowsError
+from ieft.data.prepared import PreparedFolder
 from ieft.data.scenes import draw_scene
 from ieft.data.sources import read_source
 from prepare_datasets import load_and_check, main
@@ -339,6 +340,27 @@ def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch):
         _, status = os.waitpid(in_another_process(lambda: main(command)), 0)
     assert os.WTERMSIG(status) == signal.SIGKILL and (tmp_path / "out" / "data").is_dir()
     assert main(command) == 0
+    assert len(datasets.load_dataset(str(tmp_path / "out"))["train"]) == 4
+
+
+@pytest.mark.parametrize("number", [4, 7])  # of the card, and of the second file of the report
+def test_a_run_killed_before_any_record_of_its_files_goes_on(tmp_path, monkeypatch, number):
+    """Between a file and its record, the file would be taken for one of the user's."""
+    command = [small_set(tmp_path / "set"), "--output_dir", str(tmp_path / "out"), "--report"]
+    save, calls = PreparedFolder._save, []
+
+    def save_or_die(folder, manifest):
+        calls.append(manifest)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(folder, manifest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreparedFolder, "_save", save_or_die)
+        _, status = os.waitpid(in_another_process(lambda: main(command)), 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert main(command) == 0
+    assert {"README.md", "bad_rows.json", "report.txt"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert len(datasets.load_dataset(str(tmp_path / "out"))["train"]) == 4
 
 

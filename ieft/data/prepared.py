@@ -95,14 +95,15 @@ class PreparedFolder:
         return FileLock(self.folder / LOCK)
 
     def write(self, name, content):
-        """Write a file of this run atomically, and record it."""
+        """Record a file of this run, and write it atomically: a killed run leaves it as recorded, or none."""
         path = self.folder / name
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         unfinished.write_bytes(content if isinstance(content, bytes) else content.encode())
-        unfinished.replace(path)
+        path.unlink(missing_ok=True)
         manifest = self._manifest() or {"run": self.run, "files": {}, "complete": None}
-        manifest["files"][name] = _mark(path)
+        manifest["files"][name] = _mark(unfinished)
         self._save(manifest)
+        unfinished.replace(path)
 
     def save(self, splits, *, title, bad_rows=(), overwrite=False):
         """Write shards and card, unless the folder already holds exactly these splits.
