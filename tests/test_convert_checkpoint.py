@@ -139,6 +139,7 @@ def test_a_checkpoint_without_a_head_that_matches_says_what_the_published_one_st
 
 
 def test_a_file_is_converted_from_its_url(tmp_path, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
     content = save_lightning(tiny_published(), tmp_path / "ieft.ckpt").read_bytes()
     with running_files({"/ieft.ckpt": content, "/half.ckpt": content[: len(content) // 2]}) as server:
