@@ -187,7 +187,7 @@ def test_training_twice_ends_in_the_same_weights(split, processor, tmp_path, con
 
 def test_training_learns_what_it_is_shown(split, processor, tmp_path):
     trainer = make_trainer(
-        split, processor, tmp_path, contrastive=True, max_steps=120, learning_rate=5e-3, ranking_start=0.0,
+        split, processor, tmp_path, contrastive=True, max_steps=160, learning_rate=2e-3, ranking_start=0.0,
         per_device_train_batch_size=12, num_negatives=11,
     )  # fmt: skip
     before = trainer.evaluate()["eval_mean_recall"]
