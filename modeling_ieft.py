@@ -208,11 +208,7 @@ class IeftModel(IeftPreTrainedModel, ViltModel):
             raise ValueError("pixel_mask of ones expected: IEFT reads the whole square image. Leave pixel_mask out.")
         text = self.embeddings.mark_captions(self.embed_captions(input_ids, token_type_ids, inputs_embeds))
         image = self.embeddings.mark_images(self.embed_images(pixel_values, image_embeds))
-        if attention_mask is not None and attention_mask.shape != text.shape[:2]:
-            raise ValueError(
-                f"attention_mask of shape {tuple(text.shape[:2])} expected, as the captions; got "
-                f"{tuple(attention_mask.shape)}."
-            )
+        check_mask(attention_mask, text)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -453,6 +449,7 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
     def _text_states(self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None):
         """(C, L, D) as they enter the first joint block."""
         text = self.vilt.embed_captions(input_ids, token_type_ids, inputs_embeds)
+        check_mask(attention_mask, text)
         return self.vilt.read_alone(self.vilt.embeddings.mark_captions(text), attention_mask, has_image=False)[0]
 
     def prepare_images(self, pixel_values: Tensor | None = None, *, image_states: Tensor | None = None) -> Prepared:
@@ -529,6 +526,15 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
         hidden = layer.finish(captions.hidden, context.transpose(1, 2).flatten(2))  # (I, M, D)
         first = self.vilt.layernorm(hidden).flatten(0, 1)[:, None]  # (I*M, 1, D)
         return self.rank_output(self.vilt.pooler(first)).view(hidden.shape[:2])
+
+
+def check_mask(attention_mask, text):
+    """Raise a ValueError for a mask of another shape than that of captions (C, L, D): some would be broadcast."""
+    if attention_mask is not None and attention_mask.shape != text.shape[:2]:
+        raise ValueError(
+            f"attention_mask of shape {tuple(text.shape[:2])} expected, as the captions; got "
+            f"{tuple(attention_mask.shape)}."
+        )
 
 
 def pair_groups(pair_images, pair_captions, num_images):

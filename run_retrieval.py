@@ -629,7 +629,8 @@ def rank_others(trainer, processor, others, data_args):
 def load_model(model_args, args, captions):
     """The network and processor of a checkpoint, or new ones with a tokenizer trained on the captions."""
     contrastive_dim = model_args.contrastive_dim if args.contrastive_weight else 0
-    logger.info("The network starts from %s.", model_args.model_name_or_path or "random weights")
+    if args.do_train:
+        logger.info("The network starts from %s.", model_args.model_name_or_path or "random weights")
     if model_args.model_name_or_path:
         kept = None if not args.do_train else contrastive_dim  # a checkpoint that is only evaluated is not changed
         sizes = {"contrastive_dim": kept, "first_joint_layer": model_args.first_joint_layer,

@@ -120,6 +120,16 @@ def test_groups_of_captions_equal_their_pairs(join, captions, images):
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("join", JOINS)
+def test_a_mask_that_would_be_broadcast_is_refused(join):
+    inputs = make_inputs() | {"attention_mask": torch.ones(1, 7, dtype=torch.long)}
+    for captions in (None, torch.tensor([[0, 1]])):
+        with pytest.raises(ValueError, match="attention_mask of shape"):
+            make_model(join)(**inputs, pair_captions=captions)
+    with pytest.raises(ValueError, match="attention_mask of shape"):
+        make_model(join).prepare_captions(inputs["input_ids"], inputs["attention_mask"])
+
+
 def test_groups_that_do_not_fit_the_images_are_refused():
     with pytest.raises(ValueError, match="One row of captions for each image expected"):
         make_model(NUM_BLOCKS - 1)(**make_inputs(), pair_captions=torch.tensor([[0], [1]]))

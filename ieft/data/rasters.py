@@ -255,7 +255,7 @@ def stretch(band, low, high):
 def _check_size(dataset):
     """Raise a ValueError for images that cannot be read in bounded memory and time."""
     height, width = dataset.block_shapes[0]
-    kind = dataset.dtypes[0].replace("complex_int16", "int32")  # which numpy does not know: two of 16 bits
+    kind = dataset.dtypes[0].replace("complex_int16", "int32")  # two numbers of 16 bits, a type that numpy lacks
     block = height * width * dataset.count * np.dtype(kind).itemsize
     if dataset.width * dataset.height > MAX_SCENE_PIXELS or block > MAX_BLOCK_BYTES:
         raise ValueError(
