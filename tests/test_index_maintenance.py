@@ -32,6 +32,7 @@ from ieft.search.archive_files import find_images
 from ieft.search.command import main
 from ieft.search.geography import PLACE_COLUMNS
 from ieft.search.index import CHECKPOINT, KEY, STATES, ImageIndex, fingerprint_checkpoint
+from ieft.search.ingestion import _read_missing, _write
 from modeling_ieft import IeftForImageTextRetrieval
 from processing_ieft import IeftImageProcessor, IeftProcessor
 
@@ -95,13 +96,13 @@ def test_two_transactions_that_insert_one_key_leave_one_row(tmp_path, loaded, ar
     """Both have searched, and found nothing, before either writes."""
     first, second = (open_rooted(tmp_path, loaded, archive) for _ in range(2))
     reports = [{"added": 0, "unchanged": 0, "unreadable": {}} for _ in range(2)]
-    names = [first._name(file) for file in find_images(archive)]
+    names = [first.name_of(file) for file in find_images(archive)]
     batches = [
-        list(each._read_missing(names, 0, 0.25, None, report, [], []))
+        list(_read_missing(each, names, 0, 0.25, None, report, [], []))
         for each, report in zip((first, second), reports, strict=True)
     ]
-    first._write(batches[0])
-    second._write(batches[1])
+    _write(first, batches[0])
+    _write(second, batches[1])
     assert len(first) == len(second) == NUM_IMAGES
     for each in (first, second):
         each.add_captions(CAPTIONS)

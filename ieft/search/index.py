@@ -13,19 +13,16 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import time
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import islice
 from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 try:
@@ -34,7 +31,6 @@ try:
 except ImportError as error:
     raise ImportError("The index needs lancedb: pip install 'ieft[search]'.") from error
 
-from ieft.data.images import parse_bands
 from ieft.evaluation.ranking import fingerprint, score_pairs
 from ieft.search.archive_files import (
     HitImages,
@@ -42,49 +38,38 @@ from ieft.search.archive_files import (
     digest_file,
     is_gone,
     place_again,
-    plan_tiles,
     read_hit,
-    read_place_and_time,
-    read_tiles,
-    read_whole,
 )
-from ieft.search.feature_cache import decode_state, encode_state
+from ieft.search.feature_cache import decode_state
 from ieft.search.filters import check_where, fetch, is_not_text, without_place_in_code
-from ieft.search.geography import PLACE_COLUMNS
-from ieft.search.tiles import Window, cut_windows
-from processing_ieft import check_text
+from ieft.search.ingestion import ROWS_AT_ONCE, add_captions, add_images
+from ieft.search.tables import (
+    CAPTIONS,
+    IMAGES,
+    KEY,
+    METADATA,
+    PRIMARY_KEY,
+    SETTINGS,
+    any_of,
+    quote,
+    remove_doubles,
+    retry,
+    set_key,
+    with_key,
+)
 
 logger = logging.getLogger(__name__)
 
-IMAGES, CAPTIONS, SETTINGS = "images", "captions", "settings"  # the tables
 # In the tables' schema: the fingerprint of the checkpoint that made them; the kind of states kept, empty for none.
 CHECKPOINT, STATES = b"ieft_checkpoint", b"ieft_states"
 # In the table of settings, which can change: the folder that paths are relative to; the fingerprint, where an earlier
 # version wrote another one into the schema.
 ROOT, MADE_BY = "root", "checkpoint"
-ROWS_AT_ONCE = 64
 FEWEST_FOR_VECTOR_INDEX = 50_000  # below, search is exact, in milliseconds
 PARTITION_ROWS = 1024
 PROBES, REFINE = 40, 2  # partitions searched; candidates per hit that are re-scored with full vectors
 MOST_SKIPPED = 10_000  # most rows of a shortlist that are searched for existing files
 KEPT_VERSIONS = timedelta(hours=1)  # of the tables, for queries that began earlier
-MOST_ATTEMPTS = 20  # at a transaction that conflicts with others
-OVERLAP = 0.25
-# `file` is relative to the archive's root where it lies below it; `time` is the file's, `acquired` the image's.
-# `width` and `height` are the file's; `col`, `row`, `tile_width`, `tile_height` the window of it that the row stands
-# for; `tiling` says how it was cut, empty where the row is the whole image; `limits` are those of
-# `ieft.search.tiles.Scene`, `bands` the bands that were chosen, such as
-# "4,3,2". `west` to `north` are degrees (WGS84), west > east across the antimeridian; `left` to
-# `top` the raster's own coordinates in `crs`; `geometry` the outline as GeoJSON.
-METADATA = {
-    "file": pa.string(), "content": pa.string(), "bytes": pa.int64(), "time": pa.timestamp("ms", "UTC"),
-    "width": pa.int32(), "height": pa.int32(), "col": pa.int32(), "row": pa.int32(), "tile_width": pa.int32(),
-    "tile_height": pa.int32(), "tiling": pa.string(), "limits": pa.list_(pa.float64()), "west": pa.float64(),
-    "south": pa.float64(), "east": pa.float64(), "north": pa.float64(), "crs": pa.string(),
-    "acquired": pa.timestamp("ms", "UTC"), "left": pa.float64(), "bottom": pa.float64(), "right": pa.float64(),
-    "top": pa.float64(), "geometry": pa.string(), "bands": pa.string(),
-}  # fmt: skip
-KEY = ["file", "col", "row"]
 # Fields of the configuration that embeddings depend on.
 COMPUTED_BY = (
     "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "text_layer_norm_eps", "image_size",
@@ -188,7 +173,7 @@ class ImageIndex:
         tables = {}
         for name, (schema, key) in made.items():
             if name not in there:
-                _retry(database.create_table, name, schema=_with_key(schema, key), exist_ok=True)
+                retry(database.create_table, name, schema=with_key(schema, key), exist_ok=True)
             tables[name] = database.open_table(name)
         self.table, self.captions, self.settings = (tables[name] for name in made)
         known = self.table.schema.metadata or {}
@@ -234,17 +219,17 @@ class ImageIndex:
         names = set(self.table.schema.names)
         new = [pa.field(name, kind) for name, kind in METADATA.items() if name not in names]
         if new:
-            _retry(self._add_columns, new)
+            retry(self._add_columns, new)
         for table, key in ((self.table, KEY), (self.captions, ["caption"])):
             if PRIMARY_KEY not in (table.schema.field(key[0]).metadata or {}):
-                _retry(_set_key, table, key)
+                retry(set_key, table, key)
                 remove_doubles(table, key)
         # Earlier versions kept the raster's own coordinates as `west` to `north`.
         left_over = "crs IS NOT NULL AND west IS NOT NULL AND left IS NULL"
         columns = [*KEY, "tile_width", "tile_height", "west", "south", "east", "north", "crs"]
         while rows := self.table.search().where(left_over).select(columns).limit(1000).to_list() if new else []:
-            placed = [place_again(row | {"file": self._path(row["file"])}) | {"file": row["file"]} for row in rows]
-            self._update(placed)
+            placed = [place_again(row | {"file": self.path_of(row["file"])}) | {"file": row["file"]} for row in rows]
+            self.update(placed)
 
     def _add_columns(self, fields):
         there = set(self.table.schema.names)
@@ -267,7 +252,7 @@ class ImageIndex:
     def _set(self, name, value, *, replace=True):
         merge = self.settings.merge_insert("name").when_not_matched_insert_all()
         merge = merge.when_matched_update_all() if replace else merge
-        _retry(merge.execute, pa.Table.from_pylist([{"name": name, "value": value}], schema=self.settings.schema))
+        retry(merge.execute, pa.Table.from_pylist([{"name": name, "value": value}], schema=self.settings.schema))
 
     def _use_root(self, folder):
         """Set the root if there is none; recognise an archive that was moved."""
@@ -280,7 +265,7 @@ class ImageIndex:
             return
         some = self.table.search().select(["file", "bytes"]).limit(1000).to_list()
         some = [row for row in some if not os.path.isabs(row["file"])]
-        if not some or not all(is_gone(self._path(row["file"])) for row in some):
+        if not some or not all(is_gone(self.path_of(row["file"])) for row in some):
             return
         moved = [row for row in some if _size(os.path.join(folder, row["file"])) == row["bytes"]]
         if len(moved) > len(some) / 2:
@@ -309,11 +294,11 @@ class ImageIndex:
         folder = os.path.realpath(folder)
         if former is not None and os.path.realpath(former) != self.root:
             former = os.path.join(os.path.realpath(former), "")
-            known = {row["file"] for row in self._select_raw(None, ["file"]) if row["file"].startswith(former)}
+            known = {row["file"] for row in self.select(None, ["file"]) if row["file"].startswith(former)}
             names = {name: name.removeprefix(former) for name in known}
         elif self.root:
             former = None
-            known = {row["file"] for row in self._select_raw(None, ["file"]) if not os.path.isabs(row["file"])}
+            known = {row["file"] for row in self.select(None, ["file"]) if not os.path.isabs(row["file"])}
             names = {name: name for name in known}
         else:
             raise ValueError("This index knows no root of its archive: name the former one too, with --former FOLDER.")
@@ -336,18 +321,18 @@ class ImageIndex:
 
     def _rename(self, former, new):
         """Change the prefix of paths in one transaction, without rewriting vectors."""
-        condition = f"starts_with(file, {_quoted(former)})"
+        condition = f"starts_with(file, {quote(former)})"
         if self.table.count_rows(condition):
             pattern = "^" + re.escape(former)
-            changed = {"file": f"regexp_replace(file, {_quoted(pattern)}, {_quoted(new.replace('$', '$$'))})"}
-            _retry(self.table.update, where=condition, values_sql=changed)
+            changed = {"file": f"regexp_replace(file, {quote(pattern)}, {quote(new.replace('$', '$$'))})"}
+            retry(self.table.update, where=condition, values_sql=changed)
             remove_doubles(self.table, KEY)
 
-    def _path(self, name):
+    def path_of(self, name):
         """The absolute path of a file of the index."""
         return os.path.join(self.root, name)
 
-    def _name(self, file):
+    def name_of(self, file):
         """The name of a file in the index: relative to the root if it is below it, with the names of links."""
         file = os.path.abspath(file)
         real = os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file))
@@ -379,106 +364,14 @@ class ImageIndex:
             dict: numbers of `added` and `unchanged` rows (images or tiles); `unreadable`, a dict of file -> reason.
             For a truncated scene, readable tiles are kept, as are rows of a file that was readable before.
         """
-        if overlap is not None and not tile:
-            raise ValueError("overlap needs tile: it is the overlap of the tiles.")
-        overlap = OVERLAP if overlap is None else overlap
-        if tile:
-            cut_windows(1, 1, tile=tile, overlap=overlap)  # raises errors before any work
-        files = {self._name(file): None for file in files}
-        report = {"added": 0, "unchanged": 0, "unreadable": {}}
-        for name in [name for name in files if is_not_text(name)]:
-            report["unreadable"][self._path(name)] = "its name is not UTF-8: rename it"
-            del files[name]
-        names = list(files)
-        files_at_once = 1 if tile else batch_size
-        for first in range(0, len(names), files_at_once):
-            stale, unplaced = [], []
-            batch_names = names[first : first + files_at_once]
-            rows = self._read_missing(batch_names, tile, overlap, bands, report, stale, unplaced)
-            while batch := list(islice(rows, batch_size)):
-                self._write(batch)
-                report["added"] += len(batch)
-            self._add_places_and_times(unplaced)
-            if stale:  # after what takes its place, so that a kill loses nothing
-                _retry(self.table.delete, " OR ".join(stale))
-        return report
+        options = {"tile": tile, "overlap": overlap, "bands": bands, "batch_size": batch_size}
+        return add_images(self, files, **options)
 
-    def _read_missing(self, names, tile, overlap, bands, report, stale, unplaced):
-        """Rows without vectors, with images as the network reads them.
-
-        SQL for rows to delete is added to `stale`; unchanged rows without place and time to `unplaced`, except those
-        of PNG files, whose metadata may stand behind the pixels, which would all be decoded.
-        """
-        known, lacking = {name: set() for name in names}, {name: [] for name in names}
-        columns = ["content", "tiling", "bands", *KEY, "tile_width", "tile_height", "west", "left", "acquired"]
-        for row in self._select_raw(_any_of(names), columns):
-            made_of = row["content"], row["tiling"], row["bands"] or ""
-            known[row["file"]].add((*made_of, (row["col"], row["row"])))
-            if row["west"] is row["left"] is row["acquired"] is None and not row["file"].lower().endswith(".png"):
-                lacking[row["file"]].append((*made_of, row))
-        for name in names:
-            file = self._path(name)
-            try:
-                cut = (tile, overlap) if tile is not None else _cut_before(known[name])
-                chosen = (
-                    ",".join(map(str, bands)) if bands else max((made_of[2] for made_of in known[name]), default="")
-                )
-                content, windows = digest_file(file), plan_tiles(file, *cut, bands=parse_bands(chosen or None))
-                tiling = "{} pixels, overlap {}".format(*cut) if windows else ""
-                there = {place for *made_of, place in known[name] if made_of == [content, tiling, chosen]}
-                report["unchanged"] += len(there)
-                unplaced += [row for *made_of, row in lacking[name] if made_of == [content, tiling, chosen]]
-                missing = [window for window in windows if window[:2] not in there]
-                options = {"bands": parse_bands(chosen or None)}
-                pictures = read_tiles(file, missing, **options) if windows else []
-                pictures = [read_whole(file, **options)] if not windows and not there else pictures
-                for row, picture in pictures:
-                    square = self.processor.image_processor.fit_square(picture)
-                    yield row | {"file": name, "content": content, "tiling": tiling, "bands": chosen or None}, square
-                if len(known[name]) > len(there):
-                    differs = f"content != '{content}' OR tiling != '{tiling}' OR coalesce(bands, '') != '{chosen}'"
-                    stale.append(f"({_any_of([name])} AND ({differs}))")
-            except (OSError, ValueError) as error:
-                before = " (what was indexed of it before is kept)" if known[name] else ""
-                report["unreadable"][file] = f"{error}{before}"
-
-    def _add_places_and_times(self, rows):
-        """Add them to rows that have none: an earlier version read no time, and without rasterio there is no place."""
-        of_file = {}
-        for row in rows:
-            of_file.setdefault(row["file"], []).append(row)
-        for name, rows in of_file.items():
-            sides = ("col", "row", "tile_width", "tile_height")
-            windows = [Window(*(row[side] for side in sides)) for row in rows if row["tiling"]]
-            try:
-                found = list(read_place_and_time(self._path(name), windows))
-            except (OSError, ValueError):  # it has just gone
-                continue
-            if any(found):
-                empty = dict.fromkeys([*PLACE_COLUMNS, "acquired"])
-                keys = ({name: row[name] for name in KEY} for row in rows)
-                self._update([key | empty | columns for key, columns in zip(keys, found, strict=True)])
-
-    def _update(self, rows):
+    def update(self, rows):
         """Update some columns of existing rows, given as dicts with the key and these columns."""
         schema = pa.schema([self.table.schema.field(name) for name in rows[0]])
         merge = self.table.merge_insert(KEY).when_matched_update_all()
-        _retry(merge.execute, pa.Table.from_pylist(rows, schema=schema))
-
-    def _write(self, batch):
-        squares = [square for _, square in batch]
-        made = self._read_states(squares) if self.states else [{"vector": each} for each in self.embed_images(squares)]
-        rows = [row | columns for (row, _), columns in zip(batch, made, strict=True)]
-        merge = self.table.merge_insert(KEY).when_matched_update_all().when_not_matched_insert_all()
-        _retry(merge.execute, pa.Table.from_pylist(rows, schema=self.table.schema))  # one transaction
-
-    @torch.no_grad()
-    def _read_states(self, images):
-        """The embedding and the encoded features of each image, computed in one pass."""
-        states = self.model.read_images(self.processor(images=images)["pixel_values"].to(self.model.device))
-        vectors = self.model.get_image_features(image_states=states).float().cpu().numpy()
-        encoded = [encode_state(state, self.states) for state in states]
-        return [{"vector": vector, "state": state} for vector, state in zip(vectors, encoded, strict=True)]
+        retry(merge.execute, pa.Table.from_pylist(rows, schema=schema))
 
     def add_captions(self, captions, *, batch_size=ROWS_AT_ONCE):
         """Embed and add sentences, to be found by images; blank ones are ignored.
@@ -486,21 +379,7 @@ class ImageIndex:
         Returns:
             dict: numbers of `added` and `unchanged` captions.
         """
-        captions = list(captions)
-        if captions:
-            check_text(captions)
-        captions = list(dict.fromkeys(caption.strip() for caption in captions if caption.strip()))
-        added = 0
-        for first in range(0, len(captions), batch_size):
-            batch = captions[first : first + batch_size]
-            known = self.captions.search().where(_any_of(batch, "caption")).select(["caption"]).to_list()
-            new = sorted(set(batch) - {row["caption"] for row in known}, key=batch.index)
-            if new:
-                rows = [{"caption": c, "vector": v} for c, v in zip(new, self.embed_captions(new), strict=True)]
-                merge = self.captions.merge_insert("caption").when_not_matched_insert_all()
-                _retry(merge.execute, pa.Table.from_pylist(rows, schema=self.captions.schema))
-                added += len(new)
-        return {"added": added, "unchanged": len(captions) - added}
+        return add_captions(self, captions, batch_size=batch_size)
 
     def optimize(self):
         """Compact the tables and delete versions of them older than an hour.
@@ -514,8 +393,8 @@ class ImageIndex:
                 # One byte per number of a vector: nearly exact, and built faster than product quantization. A size of
                 # partitions stays valid when rows are added; with a number of partitions, most would be merged then.
                 config = IvfSq(distance_type="dot", target_partition_size=PARTITION_ROWS)
-                _retry(table.create_index, "vector", config=config)
-            _retry(table.optimize, cleanup_older_than=KEPT_VERSIONS)
+                retry(table.create_index, "vector", config=config)
+            retry(table.optimize, cleanup_older_than=KEPT_VERSIONS)
 
     def delete(self, files):
         """Remove files with all their tiles from the index, but not from disk.
@@ -523,14 +402,14 @@ class ImageIndex:
         Returns:
             int: the number of removed rows.
         """
-        names = [name for name in map(self._name, files) if not is_not_text(name)]
-        return _retry(self.table.delete, _any_of(names)).num_deleted_rows if names else 0
+        names = [name for name in map(self.name_of, files) if not is_not_text(name)]
+        return retry(self.table.delete, any_of(names)).num_deleted_rows if names else 0
 
     def missing(self, files):
         """Those of the files that the index does not hold."""
-        names = {file: self._name(file) for file in files}
+        names = {file: self.name_of(file) for file in files}
         known = [name for name in names.values() if not is_not_text(name)]
-        known = {row["file"] for row in self._select_raw(_any_of(known), ["file"])} if known else set()
+        known = {row["file"] for row in self.select(any_of(known), ["file"])} if known else set()
         return [file for file, name in names.items() if name not in known]
 
     def prune(self, *, force=False):
@@ -545,8 +424,8 @@ class ImageIndex:
         Raises:
             FileNotFoundError: if all files of a folder are gone, as when a disk is not mounted; nothing was removed.
         """
-        names = {row["file"] for row in self._select_raw(None, ["file"])}
-        gone = sorted(name for name in names if is_gone(self._path(name)))
+        names = {row["file"] for row in self.select(None, ["file"])}
+        gone = sorted(name for name in names if is_gone(self.path_of(name)))
         count, of_gone = (Counter(self._place_of(name) for name in some) for some in (names, gone))
         lost = [place for place in of_gone if of_gone[place] == count[place]]
         if lost and not force:
@@ -555,8 +434,8 @@ class ImageIndex:
                 "it; if the archive was moved, run ieft-search relocate; to take them out all the same, pass --force."
             )
         for first in range(0, len(gone), 1000):
-            _retry(self.table.delete, _any_of(gone[first : first + 1000]))
-        return [self._path(name) for name in gone]
+            retry(self.table.delete, any_of(gone[first : first + 1000]))
+        return [self.path_of(name) for name in gone]
 
     def _place_of(self, name):
         """The folder that may be a mount point of a file: the root, or the first two folders of a path."""
@@ -567,7 +446,7 @@ class ImageIndex:
         captions = [caption.strip() for caption in captions]
         if not captions:
             return 0
-        return _retry(self.captions.delete, _any_of(captions, "caption")).num_deleted_rows
+        return retry(self.captions.delete, any_of(captions, "caption")).num_deleted_rows
 
     def rows(self, where=None, *, columns=tuple(METADATA)):
         """Metadata of the images that match `where`, an SQL expression over the columns; of all without one.
@@ -577,13 +456,14 @@ class ImageIndex:
         Raises:
             ValueError: for an invalid expression, or one that is not a comparison.
         """
-        return self._with_paths(self._select_raw(check_where(where), columns))
+        return self._with_paths(self.select(check_where(where), columns))
 
-    def _select_raw(self, where, columns):
+    def select(self, where, columns):
+        """Rows as they are stored: `file` is relative to the root."""
         return fetch(self.table.search().select(list(columns)), where)
 
     def _with_paths(self, rows):
-        return [row | {"file": self._path(row["file"])} if "file" in row else row for row in rows]
+        return [row | {"file": self.path_of(row["file"])} if "file" in row else row for row in rows]
 
     @torch.no_grad()
     def embed_images(self, images):
@@ -806,54 +686,6 @@ def fingerprint_checkpoint(model, processor):
     return FINGERPRINT + digest.hexdigest()
 
 
-def remove_doubles(table, key):
-    """Keep only the last added row of each key."""
-    rows = table.search().select(key).with_row_id(True).limit(None).to_arrow()
-    last = rows.group_by(key).aggregate([("_rowid", "max"), ("_rowid", "count")])
-    if last.num_rows == rows.num_rows:
-        return
-    kept = last.column("_rowid_max")
-    doubles = pc.filter(rows.column("_rowid"), pc.invert(pc.is_in(rows.column("_rowid"), kept))).to_pylist()
-    for first in range(0, len(doubles), 1000):
-        # Row ids are never reused: a row that another process has removed is simply not found.
-        condition = f"_rowid IN ({', '.join(map(str, doubles[first : first + 1000]))})"
-        _retry(table.delete, condition)
-
-
-# This metadata marks the columns of a primary key for LanceDB: of two transactions that insert the same key, the later
-# one is repeated and finds the row of the other.
-PRIMARY_KEY, POSITION = b"lance-schema:unenforced-primary-key", b"lance-schema:unenforced-primary-key:position"
-
-
-def _with_key(schema, key):
-    for place, name in enumerate(key, start=1):
-        metadata = {PRIMARY_KEY: b"true", POSITION: str(place).encode()}
-        field = pa.field(name, schema.field(name).type, nullable=False, metadata=metadata)
-        schema = schema.set(schema.get_field_index(name), field)
-    return schema
-
-
-def _set_key(table, key):
-    """Give a table of an earlier version its primary key."""
-    table.alter_columns(*({"path": name, "nullable": False} for name in key))
-    metadata = [{PRIMARY_KEY.decode(): "true", POSITION.decode(): str(place)} for place in range(1, len(key) + 1)]
-    table.update_field_metadata(
-        *({"path": name, "metadata": of_name} for name, of_name in zip(key, metadata, strict=True))
-    )
-
-
-def _retry(transaction, *args, **options):
-    """Run a transaction, and repeat it if it conflicts with that of another process."""
-    for attempt in range(MOST_ATTEMPTS):
-        try:
-            return transaction(*args, **options)
-        except (OSError, RuntimeError, ValueError) as error:
-            others = re.search("conflict|concurrent|already exists", str(error), re.IGNORECASE)
-            if not others or attempt == MOST_ATTEMPTS - 1:
-                raise
-            time.sleep(random.random() * min(0.05 * 2**attempt, 2))  # so that processes do not retry at the same time
-
-
 @contextmanager
 def _store_errors(uri):
     try:
@@ -865,13 +697,6 @@ def _store_errors(uri):
         raise ValueError(
             f"{uri} cannot be opened as an index; it is damaged or cannot be written: {reason}"
         ) from error
-
-
-def _cut_before(known):
-    """Tile and overlap with which a file was indexed; (None, 0) if it is whole or new."""
-    found = [re.fullmatch(r"(\d+) pixels, overlap (\S+)", tiling) for _, tiling, *_ in sorted(known)]
-    tile, overlap = next((match.groups() for match in found if match), (None, 0))
-    return (int(tile), float(overlap)) if tile else (None, 0)
 
 
 def _size(file):
@@ -887,14 +712,6 @@ def _check_options(top_k, rerank_top_k=0, similarity_weight=0.0):
             raise ValueError(f"{name} must be a whole number from {least}; got {number!r}.")
     if not math.isfinite(similarity_weight):
         raise ValueError(f"similarity_weight must be a finite number; got {similarity_weight!r}.")
-
-
-def _quoted(text):
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _any_of(values, column="file"):
-    return f"{column} IN ({', '.join(map(_quoted, values))})"
 
 
 def _nearest(table, vector, top_k, columns, where=None):
