@@ -38,11 +38,11 @@ from limits.strategies import MovingWindowRateLimiter
 from PIL import Image, ImageOps
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
-from transformers.utils import logging
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor, draw_scene
 from ieft.data.images import describe_image, parse_bands, read_image
 from ieft.search.archive_files import find_images, read_hit, read_hits
+from ieft.search.command import hide_loading_bar
 from ieft.search.explain import draw_heat_map, explain_pair
 from ieft.search.filters import check_where
 from ieft.search.geography import to_geojson
@@ -568,7 +568,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     if not args.model or not args.index:
         parser.error("--model and --index expected, or IEFT_MODEL and IEFT_INDEX in the environment.")
-    logging.disable_progress_bar()  # of loading weights
+    hide_loading_bar()
     try:
         index = open_index(args)
     except (OSError, ValueError) as error:

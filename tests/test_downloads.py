@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from ieft.data import downloads
 from ieft.data.downloads import cached_file
+from ieft.search.command import main as search
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 HALF = len(CONTENT) // 2
@@ -33,6 +34,14 @@ def test_a_file_is_downloaded_once(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert cached_file(server.url) == path and len(server.requests) == 1
     assert sorted(each.name for each in path.parent.iterdir()) == ["weights.ckpt", "weights.ckpt.lock"]
+
+
+def test_searching_in_the_same_process_hides_no_progress_of_downloads(server, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        search(["info", "--model", str(tmp_path), "--index", str(tmp_path / "missing.lance")])
+    capsys.readouterr()
+    cached_file(server.url)
+    assert "weights.ckpt" in capsys.readouterr().err
 
 
 def test_a_download_that_breaks_off_is_resumed_in_the_same_call(server):

@@ -105,16 +105,15 @@ def test_a_training_is_the_same_by_micro_batches_also_where_the_last_batch_is_sm
 
 def leave_memory(trainer, *, share, from_step=0, rank=0):
     """Limit the memory of one process, from a step on, to what it has and a share of what its batch needs."""
-    if process_count() == 1:
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # so that freed tensors are returned to the system
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # so that freed tensors are returned to the system
     compute, more = trainer._compute_gradients, int(share * trainer.image_bytes * trainer._train_batch_size)
 
     def compute_with_limit(model, inputs):
         if trainer.state.global_step >= from_step and process_rank() == rank:
             torch.ones(1, requires_grad=True).backward()  # this starts a thread, which needs memory
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            pages = int(Path("/proc/self/statm").read_text().split()[5])  # of data: what a thread reserves is none
             size = pages * resource.getpagesize() + more
-            resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_DATA, (size, resource.RLIM_INFINITY))
             trainer._compute_gradients = compute
         return compute(model, inputs)
 

@@ -16,6 +16,7 @@ import re
 import sys
 from pathlib import Path
 
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from PIL import Image, ImageDraw, ImageOps
 from transformers.utils import logging
 
@@ -32,7 +33,7 @@ SHEET_COLUMNS, THUMB, GAP, LABEL = 5, 192, 12, 20
 
 def main(arguments=None):
     args = build_parser().parse_args(arguments)
-    logging.disable_progress_bar()  # of loading weights
+    hide_loading_bar()
     try:
         code = args.command(args)
         sys.stdout.flush()
@@ -45,6 +46,14 @@ def main(arguments=None):
         sys.exit(f"ieft-search: {place}{without_place_in_code(error)}")
     except KeyboardInterrupt:
         sys.exit("ieft-search: interrupted; what was added is kept, and the same command resumes.")
+
+
+def hide_loading_bar():
+    """Hide the bar of loading weights, which takes a moment; the bars of downloads stay as they are."""
+    hidden = are_progress_bars_disabled()
+    logging.disable_progress_bar()  # those of the Hub too
+    if not hidden:
+        enable_progress_bars()
 
 
 def build_parser():
