@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -127,6 +128,7 @@ DATASET_RECIPES = {
     "ucm": {"num_train_epochs": 100},
 }
 STAGES = ("do_train", "do_eval", "do_predict")
+SECONDS_FOR_THE_MAIN_PROCESS = 10
 # Options that affect the result of training: a resumed run must repeat them.
 DECIDES_TRAINING = (
     "model_name_or_path", "network", "first_joint_layer", "teacher", "fit", "enhancement_layers", "contrastive_dim",
@@ -382,6 +384,7 @@ def parse_arguments(arguments):
         ValueError: if options contradict each other or would be ignored.
     """
     parser = HfArgumentParser((ModelArguments, DataArguments, IeftTrainingArguments), allow_abbrev=False)
+    parser.error = refuse_options
     if len(arguments) > 1 and arguments[0].endswith(SETTINGS_ENDINGS):
         raise ValueError(f"{arguments[0]} must be the only argument: write the other options into it.")
     if len(arguments) == 1 and arguments[0].endswith(SETTINGS_ENDINGS):
@@ -402,6 +405,11 @@ def parse_arguments(arguments):
     for stage in STAGES:
         setattr(args, stage, stage in stages)  # do_eval is switched on by eval_strategy otherwise
     return model_args, data_args, args
+
+
+def refuse_options(message):
+    """Raise a ValueError instead of argparse's usage, of which each process would print its own."""
+    raise ValueError(f"{message}. See run_retrieval.py --help.")
 
 
 def check_options(given, stages):
@@ -749,13 +757,21 @@ def save_results(trainer, name, results, data_args):
 
 
 def command():
-    """`main` as a command: on errors, the main process prints one message without traceback; exit code 1."""
+    """`main` as a command: on errors, one message without traceback; exit code 1.
+
+    The launcher ends all processes as soon as one fails, so the others leave the main process time to report an error
+    that all have. An error of one process alone is reported by that process.
+    """
+    rank = int(os.environ.get("RANK", 0))
     try:
         main()
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"run_retrieval.py: {error}", file=sys.stderr)
+        time.sleep(SECONDS_FOR_THE_MAIN_PROCESS if rank else 0)
+        print(f"run_retrieval.py{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError:  # also where another process ended, which the launcher reports
+        time.sleep(SECONDS_FOR_THE_MAIN_PROCESS if rank else 0)
+        raise
     leave_processes()
 
 

@@ -86,8 +86,15 @@ def write_model_card(
         path = folder / "README.generated.md"
     digest = hashlib.sha256(card.strip().encode()).hexdigest()
     mark = f"\n<!-- Written by ieft, {digest}. Without this line the card is kept as it is. -->\n"
-    path.write_text(card.rstrip("\n") + "\n" + mark, encoding="utf-8", newline="\n")
+    _write_whole(path, card.rstrip("\n") + "\n" + mark)
     return path
+
+
+def _write_whole(path, text):
+    """Write a file atomically: one that a killed process left half written would be taken for the user's own."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(beside, path)
 
 
 def is_generated(card: str) -> bool:
@@ -244,7 +251,7 @@ def push_folder(
     name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     commit = api.create_commit(name, operations, revision=revision, commit_message=commit_message)
     record = _last_pushes(folder) | {repo_id: commit.oid}
-    (folder / LAST_PUSH).write_text(json.dumps(record), encoding="utf-8")
+    _write_whole(folder / LAST_PUSH, json.dumps(record))
     return commit.commit_url
 
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -204,6 +206,21 @@ def test_a_card_edited_by_hand_stays(saved, tmp_path, capsys):
     edited = (tmp_path / "README.md").read_text()
     assert write_model_card(tmp_path, RESULTS).name == "README.generated.md"
     assert (tmp_path / "README.md").read_text() == edited and "edited by hand" in capsys.readouterr().err
+
+
+def test_a_card_half_written_by_a_killed_process_is_not_taken_for_the_users(saved, tmp_path):
+    shutil.copy(saved[0] / "config.json", tmp_path)
+    process = os.fork()
+    if not process:  # the kernel kills it at byte 200 of the card
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+        try:
+            write_model_card(tmp_path, RESULTS)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(process, 0)
+    assert os.WTERMSIG(status) == signal.SIGXFSZ
+    assert write_model_card(tmp_path, RESULTS).name == "README.md"
 
 
 PUSH_AGAIN = """
