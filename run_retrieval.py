@@ -36,7 +36,7 @@ from ieft.hub import check_repository, push_folder, write_model_card
 from ieft.training.checkpoints import explained_if_not_written, write_json
 from ieft.training.cost import TrainingCost
 from ieft.training.distillation import check_teacher
-from ieft.training.distributed import leave_processes
+from ieft.training.distributed import is_lost_process, leave_processes
 from ieft.training.items import AUGMENTATIONS, NEGATIVES, EvaluationSet, TrainingItems, learn_tokenizer
 from ieft.training.output_folder import OutputFolder
 from ieft.training.settings import SETTINGS_ENDINGS, read_settings, refuse_settings
@@ -769,9 +769,14 @@ def command():
         time.sleep(SECONDS_FOR_THE_MAIN_PROCESS if rank else 0)
         print(f"run_retrieval.py{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr)
         sys.exit(1)
-    except RuntimeError:  # also where another process ended, which the launcher reports
+    except RuntimeError as error:
         time.sleep(SECONDS_FOR_THE_MAIN_PROCESS if rank else 0)
-        raise
+        if not is_lost_process(error):
+            raise
+        sys.exit(
+            f"run_retrieval.py (process {rank}): another process of this run has ended; its message or the launcher's "
+            "says why. Training resumes from its last checkpoint with --resume_from_checkpoint true."
+        )
     leave_processes()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.commands.config.config_args import load_config_from_file
 from small_training import (
     CONTRASTIVE,
@@ -19,6 +20,7 @@ from small_training import (
     run_ranks,
 )
 
+import run_retrieval
 from ieft.training.checkpoints import find_last_checkpoint
 from ieft.training.distributed import process_count, process_rank
 
@@ -145,6 +147,41 @@ def test_a_process_that_dies_ends_the_run_on_every_machine_and_leaves_its_checkp
     last, damages = find_last_checkpoint(tmp_path)
     assert Path(last).name == "checkpoint-2" and not damages
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in Path(last).iterdir()}
+
+
+def test_a_process_that_lost_another_says_so_in_a_line(tmp_path, monkeypatch):
+    """Two processes are forked; one is killed while the other waits for it in a sum."""
+
+    def end(rank):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=rank, world_size=2)
+        dist.barrier()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(1))
+
+    def fork(rank):
+        process = os.fork()
+        if process:
+            return process
+        try:
+            with (tmp_path / "printed.txt").open("a") as file:
+                os.dup2(file.fileno(), 2)
+                sys.stderr = os.fdopen(2, "w")
+                run_retrieval.command()
+        except SystemExit as ended:
+            print(ended.code, file=sys.stderr, flush=True)
+            os._exit(1)
+        finally:
+            os._exit(2)
+
+    codes = []
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(run_retrieval, "main", lambda rank=rank: end(rank))
+        codes.append(fork(rank))
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in codes]
+    printed = (tmp_path / "printed.txt").read_text()
+    assert codes == [-signal.SIGKILL, 1] and "another process of this run has ended" in printed, printed
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "launch").glob("*.yaml")), ids=lambda path: path.stem)

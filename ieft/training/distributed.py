@@ -23,6 +23,11 @@ def leave_processes():
         dist.destroy_process_group()
 
 
+def is_lost_process(error):
+    """Whether an error of a collective operation says that another process has ended. gloo raises a RuntimeError."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "onnection" in str(error))
+
+
 def gather_rows(rows, *, fill=0):
     """Gather the rows of all processes: (R, ...) -> (P*R, ...).
 
