@@ -32,9 +32,11 @@ from test_index import CAPTIONS, checkpoint, loaded  # noqa: E402, F401
 
 import app  # noqa: E402
 from ieft.data.images import read_image  # noqa: E402
+from ieft.search import visitors  # noqa: E402
 from ieft.search.archive_files import find_images  # noqa: E402
 from ieft.search.explain import draw_heat_map, explain_pair  # noqa: E402
 from ieft.search.index import ImageIndex  # noqa: E402
+from ieft.search.visitors import Gate, check_number, name_visitor, read_upload, write_filter  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -245,7 +247,7 @@ def test_what_cannot_be_searched_gets_a_message_and_the_page_goes_on(open_page):
     upload(page, b"no image at all")
     assert "cannot be read as an image" in message(page)
     page.wait_for_selector("#upload input[type=file]", state="attached")  # the place is free again
-    upload(page, bytes(app.LARGEST_UPLOAD + 1))
+    upload(page, bytes(visitors.LARGEST_UPLOAD + 1))
     assert "exceed the maximum allowed size of 10" in message(page)
     upload(page, png_of_size(60_000, 60_000))
     assert "pixels expected" in message(page)
@@ -385,12 +387,12 @@ def test_an_upload_must_have_been_uploaded(client, checkpoint, archive):  # noqa
 
 
 def test_uploads_and_questions_are_bounded(client):
-    too_large = client.post("/gradio_api/upload", files={"files": ("a.png", bytes(app.LARGEST_UPLOAD + 1))})
+    too_large = client.post("/gradio_api/upload", files={"files": ("a.png", bytes(visitors.LARGEST_UPLOAD + 1))})
     assert too_large.status_code == 413
-    half = bytes(app.LARGEST_UPLOAD // 2)
+    half = bytes(visitors.LARGEST_UPLOAD // 2)
     three = client.post("/gradio_api/upload", files=[("files", (f"{number}.png", half)) for number in range(3)])
     assert three.status_code == 413 and "At most 10 MB" in three.json()["detail"]
-    question = {"data": ["a" * app.LARGEST_QUESTION]}
+    question = {"data": ["a" * visitors.LARGEST_QUESTION]}
     assert client.post("/gradio_api/queue/join", json=question).status_code == 413
     unmeasured = client.post("/gradio_api/upload", content=iter([b"a"] * 3))
     assert unmeasured.status_code == 411
@@ -460,12 +462,12 @@ def test_an_image_gone_from_the_archive_is_named_in_the_log_alone(client, archiv
 @settings(max_examples=25, deadline=None)
 def test_part_of_a_file_name_is_taken_literally(index, name):
     if "\\'" in name or "\0" in name.strip():
-        with pytest.raises(app.gr.Error, match="part of a file name"):
-            app.write_filter(name=name)
+        with pytest.raises(visitors.gr.Error, match="part of a file name"):
+            write_filter(name=name)
         return
     names = [Path(row["file"]).name for row in index.rows(columns=["file"])]
     expected = sum(name.strip().lower() in known.lower() for known in names)
-    assert index.table.count_rows(app.write_filter(name=name)) == expected
+    assert index.table.count_rows(write_filter(name=name)) == expected
 
 
 @pytest.mark.parametrize(
@@ -474,14 +476,14 @@ def test_part_of_a_file_name_is_taken_literally(index, name):
     ids=lambda value: str(value)[:9],
 )
 def test_numbers_that_visitors_send_are_whole_and_in_bounds(value):
-    with pytest.raises(app.gr.Error, match="whole number from 1 to 48 expected"):
-        app.check_number(value, "Images to show", 1, app.MOST_SHOWN)
+    with pytest.raises(visitors.gr.Error, match="whole number from 1 to 48 expected"):
+        check_number(value, "Images to show", 1, visitors.MOST_SHOWN)
 
 
 def test_a_visitor_is_an_address_or_a_network_of_ipv6():
-    named = [app.name_visitor({"client": (host, 1)}) for host in ("192.0.2.7", "::ffff:192.0.2.7", "2001:db8::1")]
+    named = [name_visitor({"client": (host, 1)}) for host in ("192.0.2.7", "::ffff:192.0.2.7", "2001:db8::1")]
     assert named == ["192.0.2.7", "192.0.2.7", "2001:db8::/64"]
-    assert app.name_visitor({"client": ("2001:db8::ffff:1", 1)}) == named[2] != app.name_visitor({"client": None})
+    assert name_visitor({"client": ("2001:db8::ffff:1", 1)}) == named[2] != name_visitor({"client": None})
 
 
 def ask_gate(gate, path, *, method="POST", body=b"", seconds=0.0, length=None):
@@ -503,7 +505,7 @@ def ask_gate(gate, path, *, method="POST", body=b"", seconds=0.0, length=None):
 async def answer_later(scope, receive, send):
     await receive()
     await asyncio.sleep(0.3)
-    await app.JSONResponse({})(scope, receive, send)
+    await visitors.JSONResponse({})(scope, receive, send)
 
 
 def run_apart(coroutine):
@@ -513,8 +515,8 @@ def run_apart(coroutine):
 
 
 def test_content_that_drips_and_too_many_at_once_are_refused(monkeypatch):
-    monkeypatch.setattr(app, "BODY_SECONDS", 2.0)
-    gate = app.Gate(answer_later, requests_per_minute=1000)
+    monkeypatch.setattr(visitors, "BODY_SECONDS", 2.0)
+    gate = Gate(answer_later, requests_per_minute=1000)
 
     async def ask_all(questions):
         await asyncio.gather(*(asking for asking, _ in questions))
@@ -522,24 +524,24 @@ def test_content_that_drips_and_too_many_at_once_are_refused(monkeypatch):
 
     upload = "/gradio_api/upload"
     assert run_apart(ask_all([ask_gate(gate, upload, body=b"a", seconds=30.0)])) == [408]
-    at_once = app.MOST_UPLOADS_BY_ONE + 1
+    at_once = visitors.MOST_UPLOADS_BY_ONE + 1
     answers = run_apart(ask_all([ask_gate(gate, upload, body=b"a", seconds=0.1) for _ in range(at_once)]))
-    assert answers == [200] * app.MOST_UPLOADS_BY_ONE + [429]
-    reads = [ask_gate(gate, "/gradio_api/queue/data", method="GET") for _ in range(app.MOST_OPEN_BY_ONE + 3)]
-    assert run_apart(ask_all(reads)) == [200] * app.MOST_OPEN_BY_ONE + [429] * 3
+    assert answers == [200] * visitors.MOST_UPLOADS_BY_ONE + [429]
+    reads = [ask_gate(gate, "/gradio_api/queue/data", method="GET") for _ in range(visitors.MOST_OPEN_BY_ONE + 3)]
+    assert run_apart(ask_all(reads)) == [200] * visitors.MOST_OPEN_BY_ONE + [429] * 3
     assert not gate.open and not gate.uploads
     assert run_apart(ask_all([ask_gate(gate, upload, body=b"a", length="9" * 4000)])) == [413]
 
 
 def test_filters_are_one_condition(index):
     def passing(**conditions):
-        return sorted(Path(row["file"]).stem for row in index.rows(app.write_filter(**conditions), columns=["file"]))
+        return sorted(Path(row["file"]).stem for row in index.rows(write_filter(**conditions), columns=["file"]))
 
     assert passing(name="SCENE_0", width=70, height=48) == ["Scene_08", "Scene_09"]
     assert passing(name="deep") == []  # a folder's name is not the file's
     assert passing(name="100%") == [Path(HOSTILE_NAME).stem] and passing(placed=True) == ["placed"]
     assert passing(name="scene_0", where="width = 40 OR width = 45") == ["Scene_00", "Scene_01"]
-    assert app.write_filter() is None
+    assert write_filter() is None
 
 
 WHOLE = {}
@@ -558,7 +560,7 @@ def test_a_damaged_upload_is_an_image_or_a_message(tmp_path_factory, kind, data)
     file = tmp_path_factory.getbasetemp() / "upload"
     file.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     try:
-        assert app.read_upload(file).mode == "RGB"
+        assert read_upload(file).mode == "RGB"
     except ValueError as error:
         assert "expected" in str(error)
 

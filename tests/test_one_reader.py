@@ -13,12 +13,12 @@ import torch
 from PIL import Image, ImageOps
 from rasterio.enums import ColorInterp
 
-import app
 import ieft  # noqa: F401 (makes the reader known to the processor)
 import processing_ieft
 from ieft.data import images
 from ieft.data.images import Scene, Window, read_image
 from ieft.search.archive_files import read_hit
+from ieft.search.visitors import read_upload
 from prepare_datasets import load_retrieval_dataset
 from processing_ieft import IeftImageProcessor, array_to_rgb, to_rgb
 
@@ -160,7 +160,7 @@ def test_every_way_gives_the_same_pixels(tmp_path, monkeypatch, name):
         "index, whole": np.asarray(read_hit({"file": str(path), "tiling": "", "bands": None})),
     }
     if name.rpartition(".")[2] in ("jpg", "png", "bmp", "gif", "webp", "tif"):
-        ways["page"] = np.asarray(app.read_upload(str(path)))
+        ways["page"] = np.asarray(read_upload(str(path)))
     if name not in UNKNOWN_TO_PILLOW:
         ways["processor, PIL"] = processed(Image.open(path))
     window = Window(10, 20, 30, 25)
@@ -343,7 +343,7 @@ def test_only_formats_known_by_their_content_are_opened(tmp_path, kind, name):
         read_image,
         Scene,
         lambda file: IeftImageProcessor(8)(str(file)),
-        lambda file: app.read_upload(str(file)),
+        lambda file: read_upload(str(file)),
     ):
         with pytest.raises(ValueError):
             read(tmp_path / name)
