@@ -9,6 +9,7 @@ A collection is a named dataset with the folder or archive it was distributed in
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import logging
@@ -53,6 +54,7 @@ from ieft.data.streaming import LazyRows, load_from_hub, stream_hub_dataset, str
 logger = logging.getLogger(__name__)
 
 SHARE_SET_ASIDE = 0.1
+NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 ON_BAD_ROWS = ("stop", "skip")
 SYNTHETIC = ("scenes", "twins")
 # Name -> where the dataset is distributed, in which layout, its images and captions as published.
@@ -134,7 +136,12 @@ def load_and_check(name_or_path, data_dir=None, *, image_column=None, caption_co
         name = re.sub(r"[^\w.-]", "-", name)
         builder = CaptionRowsBuilder(config_name=name, sources=fingerprint(rows, bands), cache_dir=cache_dir)
         builder.rows, builder.bands = rows, bands
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except datasets.exceptions.DatasetGenerationError as error:  # of a full disk, or of an image that is gone since
+        if isinstance(error.__cause__, (OSError, ValueError)):
+            raise error.__cause__ from None
+        raise
     splits = builder.as_dataset()
     if streaming:  # scenes are small and drawn in seconds
         splits = datasets.IterableDatasetDict({name: split.to_iterable_dataset() for name, split in splits.items()})
@@ -524,9 +531,19 @@ def main(arguments=None):
     try:
         prepare(**args)
     except (ValueError, OSError, HfHubHTTPError) as error:
-        print(error, file=sys.stderr)
+        print(f"{error}{_writing_advice(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _writing_advice(error):
+    """What to do about a full disk or a folder that is another user's; empty for other errors."""
+    if not isinstance(error, OSError) or error.errno not in NOT_WRITTEN:
+        return ""
+    return (
+        f". --output_dir and the cache ({datasets.config.HF_DATASETS_CACHE}, or that of --cache_dir) must be writable "
+        "and have room; then repeat the command. Nothing unfinished is taken for complete."
+    )
 
 
 def report_collection(name_or_path, data_dir, *, title, image_column=None, caption_column=None, bands=None,

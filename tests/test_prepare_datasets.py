@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -461,3 +462,19 @@ def test_names_that_would_no_longer_differ_stay_whole():
         rows := [{"filename": "/a/x/1.png"}, {"filename": "/a/y/1.png"}, {"filename": "2.png"}]
     )
     assert [row["filename"] for row in rows] == ["x/1.png", "y/1.png", "2.png"]
+
+
+@pytest.mark.parametrize("limit", [1000, 20_000])  # the cache of splits, and a shard, cannot be written
+def test_a_full_disk_is_named_and_the_same_command_goes_on_later(tmp_path, capsys, limit):
+    write_folder(tmp_path / "data", suffix=".png")
+    command = [str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"), "--num_proc", "1"]
+    whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, whole[1]))
+    try:
+        assert main(command) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, whole)
+    assert "must be writable and have room" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/data/*"))
+    assert main(command) == 0
+    assert len(datasets.load_dataset(str(tmp_path / "out"))["train"]) == 10
