@@ -102,6 +102,7 @@ def test_linked_folders_are_followed_and_loops_end(tmp_path):
     (tmp_path / "set" / "images").mkdir(parents=True)
     (tmp_path / "set" / "images" / "part1").symlink_to("../../elsewhere")
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "set")
+    (tmp_path / "elsewhere" / "itself.png").symlink_to("itself.png")
     (tmp_path / "set" / "dataset.json").write_text(karpathy(["part1/p0.png", "p1.png"]))
     assert found(tmp_path / "set") == {"part1/p0.png": "images/part1/p0.png", "p1.png": "images/part1/deep/p1.png"}
 

@@ -52,9 +52,14 @@ def walk_files(folder):
         for entry in entries:
             if is_junk(entry.name):
                 continue
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError as error:  # a link to itself
+                logger.warning("%s is left out: %s.", entry.path, error.strerror)
+                continue
+            if is_folder:
                 (links if entry.is_symlink() else folders).append(Path(entry.path))
-            elif entry.is_file():
+            elif is_file:
                 yield Path(entry.path)
 
 
