@@ -38,7 +38,7 @@ from ieft.training.cost import TrainingCost
 from ieft.training.distillation import check_teacher
 from ieft.training.distributed import is_lost_process, leave_processes
 from ieft.training.items import AUGMENTATIONS, NEGATIVES, EvaluationSet, TrainingItems, learn_tokenizer
-from ieft.training.output_folder import OutputFolder
+from ieft.training.output_folder import OF_THE_MODEL, OutputFolder
 from ieft.training.settings import SETTINGS_ENDINGS, read_settings, refuse_settings
 from ieft.training.trainer import IeftTrainer, IeftTrainingArguments
 from modeling_ieft import IeftForImageTextRetrieval
@@ -510,7 +510,7 @@ def deciding_options(model_args, data_args, args):
         if not options[name]:  # then its results are not written
             del evaluation[name]
     if args.do_train:
-        evaluation |= {"fit": None, "first_joint_layer": None}  # those of the model in this folder
+        evaluation |= dict.fromkeys(OF_THE_MODEL)  # those of the model in this folder
     if args.do_train or options["model_name_or_path"] in (None, str(Path(args.output_dir).resolve())):
         evaluation["model_name_or_path"] = None  # the model in this folder
     return {"training": training, "evaluation": evaluation if args.do_eval or args.do_predict else None}

@@ -212,7 +212,18 @@ def test_steps_and_evaluations_are_those_of_the_training(tmp_path, options, capl
 def test_checkpoints_are_selected_on_a_part_and_the_final_evaluation_is_whole(tmp_path, caplog):
     options = ["--use_cpu", "--disable_tqdm", "true", "--max_train_samples", "8", "--max_eval_samples", "34",
                "--max_predict_samples", "3", "--output_dir", str(tmp_path)]  # fmt: skip
-    train = ["--train_batch_size", "8", "--max_steps", "2", "--eval_steps", "1", "--save_steps", "1"]
+    train = [
+        "--first_joint_layer",
+        "2",
+        "--train_batch_size",
+        "8",
+        "--max_steps",
+        "2",
+        "--eval_steps",
+        "1",
+        "--save_steps",
+        "1",
+    ]
     with caplog.at_level(logging.INFO):
         run_retrieval.main([*options, *train])
     assert "Checkpoints are selected on 32 of the 34 validation images" in caplog.text

@@ -52,13 +52,13 @@ def published_models():
     return models
 
 
-def score_all(model, dtype):
-    """(6, 10) golden scores; captions of one length at a time, trimmed."""
+def score_all(model, dtype, num_captions=10):
+    """(6, num_captions) golden scores; captions of one length at a time, trimmed."""
     images, input_ids, attention_mask = make_inputs()
-    scores = torch.empty(len(images), len(input_ids), dtype=dtype)
+    scores = torch.empty(len(images), num_captions, dtype=dtype)
     with torch.no_grad():
         image_embeds = model.vilt.embed_images(images.to(dtype))
-        for column, length in enumerate(attention_mask.sum(1).tolist()):
+        for column, length in enumerate(attention_mask.sum(1).tolist()[:num_captions]):
             ids = input_ids[column : column + 1, :length]
             pairs = {"pair_images": torch.arange(len(images)), "pair_captions": torch.zeros(len(images)).long()}
             scores[:, column] = model(ids, image_embeds=image_embeds, **pairs).logits[:, 0]
@@ -70,7 +70,8 @@ def test_scores_match_the_published_network(published_models, seed):
     golden = torch.tensor(load_golden(seed)["scores"], dtype=torch.float64)
     model = published_models[seed]
     assert (score_all(model.float(), torch.float32) - golden).abs().max() < 1e-4
-    assert (score_all(model.double(), torch.float64) - golden).abs().max() < 1e-8
+    exact = score_all(model.double(), torch.float64, num_captions=3)  # which take as long as ten of float32
+    assert (exact - golden[:, :3]).abs().max() < 1e-8
     model.float()
 
 

@@ -94,12 +94,12 @@ def test_the_best_and_the_last_checkpoint_stay(unharmed):
 def test_the_whole_command_killed_at_random_moments_ends_in_the_same_bits():
     """A short version of the soak test, which fails if bits differ."""
     root = Path(__file__).parent.parent
-    command = [sys.executable, "benchmarks/soak_resume.py", "--kills", "2", "--settings", "published"]
+    command = [sys.executable, "benchmarks/soak_resume.py", "--kills", "1", "--settings", "published"]
     environment = os.environ | {"PYTHONPATH": str(root)}
     ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
     result = json.loads(ended.stdout.splitlines()[-1])
-    assert result["kills"] == 2 and result["ends"] >= 1
+    assert result["kills"] == 1 and result["ends"] >= 1
 
 
 # Damaged checkpoints -------------------------------------------------------------------------------------------------

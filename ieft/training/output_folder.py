@@ -18,6 +18,7 @@ logger = logging.get_logger(__name__)
 RECORD, LOCK = ".run.json", ".lock"
 MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin")
 RESULT_FILES = ("*_results.json", "eval_datasets.json", "two_stage.json", "ranked.png")
+OF_THE_MODEL = ("fit", "first_joint_layer")  # options of an evaluation that a trained model holds
 TRAINING_FILES = (
     *MODEL_FILES, *RESULT_FILES, "checkpoint-*", "README.md", "*_ieft.py", "training.png", "training_args.bin",
     "processor_config.json", "preprocessor_config.json", "tokenizer*.json", "vocab.txt",
@@ -90,6 +91,10 @@ class OutputFolder:
                 f"{self.path} holds another model than --model_name_or_path {source}; the results would stand beside "
                 "the wrong one. Pass another --output_dir."
             )
+        if own:  # repeated from the training, these options change nothing
+            trained = self._recorded().get("training") or {}
+            repeated = [name for name in OF_THE_MODEL if self.evaluation.get(name) == trained.get(name)]
+            self.evaluation |= dict.fromkeys(repeated)
         self._check_same_evaluation()
         return str(self.path) if own else source
 
