@@ -142,6 +142,8 @@ def read_tensors(path):
         ValueError: if the file is no checkpoint, or if reading it would need to run code from it.
     """
     if str(path).endswith(".safetensors"):
+        with open(path, "rb"):  # safetensors says of a file without permission that there is none
+            pass
         try:
             return load_file(path)
         except (SafetensorError, ValueError, KeyError, MemoryError) as error:

@@ -5,7 +5,9 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import types
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from file_server import running_files
 from golden_recipe import GOLDEN_FOLDER, is_unused, load_golden, make_inputs, make_published_state_dict, make_tensor
 from huggingface_hub import constants
+from safetensors.torch import save_file
 from test_modeling import tiny_config, tiny_inputs
 from transformers import BertTokenizer, ViltConfig, ViltForImageAndTextRetrieval, ViltForMaskedLM, ViltModel
 
@@ -25,6 +28,7 @@ from convert_checkpoint import (
     load_any_checkpoint,
     load_processor,
     main,
+    read_tensors,
     save_whole,
 )
 from modeling_ieft import IeftForImageTextRetrieval
@@ -412,3 +416,21 @@ def test_a_tokenizer_that_cannot_be_had_is_the_error(tmp_path):
     """Where transformers finds no vocabulary, it makes a tokenizer of special tokens alone."""
     with pytest.raises(OSError, match="No tokenizer could be loaded from"):
         load_processor(tmp_path, IeftConfig(), tokenizer=str(tmp_path))
+
+
+def test_weights_without_permission_are_not_said_to_be_missing():
+    """Files of safetensors are readable for their owner alone."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        file = Path(folder, "model.safetensors")
+        save_file({"weight": torch.zeros(1)}, file)
+        file.chmod(0)
+        is_root = os.geteuid() == 0
+        try:
+            if is_root:  # who may read everything
+                os.seteuid(65534)
+            with pytest.raises(PermissionError, match="Permission denied.*model.safetensors"):
+                read_tensors(file)
+        finally:
+            if is_root:
+                os.seteuid(0)
