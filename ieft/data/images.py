@@ -7,6 +7,9 @@ scale as a whole, and at full scale by window.
 
 Pillow refuses files of more than 179 million pixels as decompression bombs; a TIFF may have more if its blocks can be
 read one at a time.
+
+A file is given as a path, as its bytes, or as a `RemoteFile`; a string is always a path, so that no address in a data
+set or sent by a visitor is ever opened.
 """
 
 import logging
@@ -15,8 +18,9 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
-from ieft.data.rasters import Raster, has_raster_driver, is_tiff
-from processing_ieft import ORIENTATION, check_bands, is_faithful, open_lazily, to_rgb
+from ieft.data.rasters import Raster, has_raster_driver, is_tiff, open_lazily
+from ieft.data.storage import RemoteFile
+from processing_ieft import ORIENTATION, check_bands, is_faithful, to_rgb
 
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # files that it cannot read are read by rasterio
 
@@ -36,12 +40,13 @@ def read_image(file, *, bands=None):
     """Read an image file as upright PIL RGB of at most `MAX_PIXELS`.
 
     Args:
-        file: a path, or the file's bytes.
+        file: a path, the file's bytes, or a `RemoteFile`.
         bands: numbers, from 1, of the three bands used as red, green and blue, or of a single grey band. With None,
             the bands that the file declares as red, green and blue, or all bands if there are one or three.
 
     Raises:
         FileNotFoundError: if there is no such file.
+        OSError: if a remote file cannot be reached.
         ValueError: if it cannot be decoded, or bands must be chosen first; `__cause__` is the reason alone.
     """
     with _errors_named(file):
@@ -105,12 +110,12 @@ class Scene:
         """Open a file.
 
         Args:
-            file: a path.
+            file: a path, or a `RemoteFile`.
             limits: the stretch range from an earlier opening; it avoids reading the image at a smaller scale.
             bands: as in `read_image`.
 
         Raises:
-            FileNotFoundError, ValueError: as `read_image`.
+            OSError, ValueError: as `read_image`.
         """
         self.file, self._raster, self._image = file, None, None
         with _errors_named(file):
@@ -152,12 +157,17 @@ class _errors_named:
     """Context manager that turns any error of a decoder into one that names the file."""
 
     def __init__(self, file):
+        self.file = file
         self.name = f"An image of {len(file):,} bytes" if isinstance(file, bytes) else file
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
+        lost = self.file.error if isinstance(self.file, RemoteFile) else None
+        if lost is not None and (error is None or isinstance(error, Exception)):
+            # Decoders turn it into errors of their own, or go on without what could not be read.
+            raise (lost if isinstance(lost, OSError) else ValueError(f"{self.name} cannot be read: {lost}")) from error
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"{self.name} is no file: it was moved or deleted.") from error
         if isinstance(error, Exception):

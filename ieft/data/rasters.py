@@ -13,14 +13,9 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from processing_ieft import (
-    MOST_PARTLY_TRANSPARENT,
-    ORIENTATION,
-    STRETCH_PERCENTILES,
-    UPRIGHT,
-    check_bands,
-    open_lazily,
-)
+import processing_ieft
+from ieft.data.storage import RemoteFile
+from processing_ieft import MOST_PARTLY_TRANSPARENT, ORIENTATION, STRETCH_PERCENTILES, UPRIGHT, check_bands
 
 MAX_SCENE_PIXELS = 2**32
 MAX_BLOCK_BYTES = 2**28  # a block of a TIFF has to be decoded as a whole
@@ -37,8 +32,20 @@ SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
 BY_WINDOW = ("GTiff", "JP2OpenJPEG")  # a PNG is always decoded whole
 
 
+def open_lazily(file):
+    """As `processing_ieft.open_lazily`, for a path, the bytes of a file, or a `RemoteFile`."""
+    return processing_ieft.open_lazily(file.open() if isinstance(file, RemoteFile) else file)
+
+
+def open_binary(file):
+    """A file object of a path, the bytes of a file, or a `RemoteFile`."""
+    if isinstance(file, RemoteFile):
+        return file.open()
+    return io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb")
+
+
 def is_tiff(file):
-    """Whether a path, or the bytes of a file, is a TIFF by its first bytes."""
+    """Whether a path, the bytes of a file, or a `RemoteFile`, is a TIFF by its first bytes."""
     return _start(file).startswith(TIFF_STARTS)
 
 
@@ -57,7 +64,7 @@ class Raster:
     """
 
     def __init__(self, file, bands=None, limits=None):
-        """Open a path, or the bytes of a file.
+        """Open a path, the bytes of a file, or a `RemoteFile`.
 
         Args:
             bands: numbers, from 1, of three bands or one; with None, the bands that the file declares as red,
@@ -73,9 +80,13 @@ class Raster:
         if driver is None:
             raise ValueError("it is not an image in a supported format and bit depth")
         self._memory = self.rasterio.io.MemoryFile(file) if isinstance(file, bytes) else None
-        place = self._memory.name if self._memory else Path(file).resolve()
+        place, opener = self._memory.name if self._memory else file, None
+        if isinstance(file, RemoteFile):
+            place, opener = _name_in_gdal(file), _opener_of(file)
+        elif not self._memory:
+            place = Path(file).resolve()
         with self._environment():
-            self.dataset = self.rasterio.open(place, driver=driver, sharing=False)
+            self.dataset = self.rasterio.open(place, driver=driver, sharing=False, opener=opener)
         self.width, self.height = self.dataset.width, self.dataset.height
         self.orientation = _find_orientation(file)
         if self.orientation in SIDEWAYS:
@@ -282,7 +293,7 @@ def _find_orientation(file):
         if not is_tiff(file):
             with open_lazily(file) as image:
                 return image.getexif().get(ORIENTATION, 1)
-        with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
+        with open_binary(file) as opened:
             start = opened.read(8)
             tags = ImageFileDirectory_v2(start + opened.read(8) if 43 in start[2:4] else start)
             opened.seek(tags.next)
@@ -298,7 +309,21 @@ def _driver(file):
 
 
 def _start(file):
-    if isinstance(file, bytes):
-        return file[:8]
-    with open(file, "rb") as opened:
+    with open_binary(file) as opened:
         return opened.read(8)
+
+
+def _name_in_gdal(file):
+    """A name under which GDAL finds a remote file, and nothing else: it is no address that GDAL would open itself."""
+    return f"remote-{id(file):x}"
+
+
+def _opener_of(file):
+    name = _name_in_gdal(file)
+
+    def open_named(path, mode="rb", **options):
+        if Path(path).name != name or "w" in mode or "+" in mode:  # such as of files beside it
+            raise FileNotFoundError(path)
+        return file.open()
+
+    return open_named

@@ -1,4 +1,7 @@
-"""Image files of an archive: finding them, describing them as index rows, and reading them again for a hit."""
+"""Image files of an archive: finding them, describing them as index rows, and reading them again for a hit.
+
+A file is named by its path, or by its address in other storage, such as `s3://bucket/key` (see `ieft.data.storage`).
+"""
 
 import hashlib
 import logging
@@ -13,7 +16,17 @@ import torch
 from torch.utils.data import Dataset
 
 from ieft.data.images import describe_image, parse_bands, read_image
-from ieft.data.rasters import Raster, has_raster_driver
+from ieft.data.rasters import Raster, has_raster_driver, open_lazily
+from ieft.data.storage import (
+    RemoteFile,
+    are_missing,
+    check_state,
+    in_parallel,
+    is_address,
+    is_missing,
+    list_files,
+    suffix_of,
+)
 from ieft.search.geography import (
     OWN_SIDES,
     PLACE_COLUMNS,
@@ -23,7 +36,6 @@ from ieft.search.geography import (
     warn_unplaced,
 )
 from ieft.search.tiles import Scene, Window, cut_windows
-from processing_ieft import open_lazily
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +43,7 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp", ".jp2", ".ti
 GEO_TAGS = {33550, 33922, 34264}  # of TIFF: pixel scale, control points, matrix
 # Metadata of macOS beside images: names like those of images, but no images.
 NO_IMAGES, NO_FOLDER = "._", "__MACOSX"
+AHEAD = 2**22  # bytes of a remote file that are read further at once, where all of it is going to be read
 
 
 class UnreadableHit(ValueError):

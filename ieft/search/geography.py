@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 import numpy as np
 from PIL import ExifTags
 
-from processing_ieft import open_lazily
+from ieft.data.rasters import open_lazily
 
 logger = logging.getLogger(__name__)
 
