@@ -7,6 +7,7 @@ some GDAL formats refer to other files, and GDAL would also read files beside th
 import io
 import logging
 import warnings
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ DRIVERS = dict.fromkeys(TIFF_STARTS, "GTiff") | {
 }
 SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
 BY_WINDOW = ("GTiff", "JP2OpenJPEG")  # a PNG is always decoded whole
+_numbers = count()
 
 
 def open_lazily(file):
@@ -82,7 +84,7 @@ class Raster:
         self._memory = self.rasterio.io.MemoryFile(file) if isinstance(file, bytes) else None
         place, opener = self._memory.name if self._memory else file, None
         if isinstance(file, RemoteFile):
-            place, opener = _name_in_gdal(file), _opener_of(file)
+            place, opener = _opener_of(file)
         elif not self._memory:
             place = Path(file).resolve()
         with self._environment():
@@ -313,17 +315,13 @@ def _start(file):
         return opened.read(8)
 
 
-def _name_in_gdal(file):
-    """A name under which GDAL finds a remote file, and nothing else: it is no address that GDAL would open itself."""
-    return f"remote-{id(file):x}"
-
-
 def _opener_of(file):
-    name = _name_in_gdal(file)
+    """A name for a remote file, which is no address that GDAL would open itself, and what opens only that one."""
+    name = f"remote-{next(_numbers)}"
 
     def open_named(path, mode="rb", **options):
-        if Path(path).name != name or "w" in mode or "+" in mode:  # such as of files beside it
+        if Path(path).name != name or mode not in ("r", "rb"):  # such as of files beside it
             raise FileNotFoundError(path)
-        return file.open()
+        return file.open(quiet=True)  # GDAL cannot pass errors on
 
-    return open_named
+    return name, open_named

@@ -15,19 +15,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.core import url_to_fs
 
-BLOCK = 2**16
+BLOCK = 2**14
+FIRST = 2**16  # bytes that are read where a file begins: most headers are shorter
 KEPT_BYTES = 2**26
 SMALL = 2**20  # files of up to so many bytes are read in one request
 LARGEST_REQUEST = 2**23
 LARGEST_WHOLE = 2**28  # of a file on a server that serves no parts
 ATTEMPTS = 4  # at a request; clients of object storage repeat requests themselves
 THREADS = 16  # requests at once
+FRESH, JUST_TOLD = 60, 2  # seconds in which what a storage told of a file is true for reading it; for its existence
+MOST_TOLD = 10_000  # files of which it is kept
 ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az", "adl": "az"}
 VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest")  # in what fsspec tells of a file
@@ -87,9 +91,13 @@ class RemoteFile:
     def __str__(self):
         return self.address
 
-    def open(self):
-        """A new file object to read from."""
-        return _Reader(self)
+    def open(self, *, quiet=False):
+        """A new file object to read from.
+
+        Args:
+            quiet: after an error, which is kept in `error`, its reads end early instead of raising it.
+        """
+        return _Reader(self, quiet)
 
     def read(self, start=0, stop=None):
         """Bytes `start` to `stop` of the file; to its end by default."""
@@ -123,6 +131,8 @@ class RemoteFile:
         number_of_blocks = -(-size // BLOCK)
         if size <= SMALL:
             last = number_of_blocks - 1
+        elif number == 0 and not self.ahead:
+            last = max(last, FIRST // BLOCK - 1)
         elif self.ahead and (number == 0 or _kept.get(self._key, number - 1) is not None):
             last = max(last, min(number_of_blocks - 1, number + self.ahead // BLOCK))
         stop = number + 1
@@ -169,8 +179,8 @@ class RemoteFile:
 class _Reader(io.RawIOBase):
     """A file object over a `RemoteFile`, for Pillow and GDAL."""
 
-    def __init__(self, file):
-        self.file, self.place = file, 0
+    def __init__(self, file, quiet):
+        self.file, self.quiet, self.place = file, quiet, 0
 
     def readable(self):
         return True
@@ -187,7 +197,12 @@ class _Reader(io.RawIOBase):
 
     def read(self, size=-1):
         stop = None if size is None or size < 0 else self.place + size
-        content = self.file.read(self.place, stop)
+        try:
+            content = self.file.read(self.place, stop)
+        except Exception:
+            if not self.quiet:
+                raise
+            return b""
         self.place += len(content)
         return content
 
@@ -226,7 +241,8 @@ class _Blocks:
 
 
 _kept = _Blocks()
-_listed = {}  # address -> state that was told when it was listed or checked, until the file is opened
+_listed = {}  # address -> state that was told when it was listed, until the file is opened
+_told = OrderedDict()  # address -> (state, when it was told), of the last files
 if hasattr(os, "register_at_fork"):  # a thread of the parent may hold the lock
     os.register_at_fork(after_in_child=_kept.forget)
 
@@ -280,35 +296,77 @@ def read_state(address):
         FileNotFoundError: if there is no such file.
         OSError: if it cannot be reached.
     """
-    state = _listed.pop(address, None)
-    return state or check_state(address)
+    if state := _listed.pop(address, None):
+        return _remember(address, state)
+    state, when = _told.get(address, (None, 0))
+    return state if state and time.monotonic() - when < FRESH else check_state(address)
+
+
+def _remember(address, state):
+    _told.pop(address, None)
+    _told[address] = state, time.monotonic()
+    while len(_told) > MOST_TOLD:
+        try:
+            _told.popitem(last=False)
+        except KeyError:  # another thread was first
+            break
+    return state
 
 
 def check_state(address):
     """The `FileState` of a file, as its storage tells it now; errors as `read_state`."""
+    _listed.pop(address, None)
+    _told.pop(address, None)
     system, path = find_storage(address)
     info = _attempt(address, lambda: system.info(path))
     if info.get("type") == "directory":
         raise FileNotFoundError(f"{address} is a folder, and no file.")
     if info.get("size") is None:
         raise OSError(f"{address}: its server does not tell its size.")
-    return _state_of(info)
+    return _remember(address, _state_of(info))
 
 
-def is_missing(address):
-    """Whether a file certainly does not exist; what cannot be reached is not missing."""
+def is_missing(address, *, since=0):
+    """Whether a file certainly does not exist.
+
+    Args:
+        since: seconds; what its storage told in them is taken as true.
+
+    Raises:
+        ConnectionError: if its storage cannot be reached.
+    """
+    if time.monotonic() - _told.get(address, (None, -float("inf")))[1] < since:
+        return False
     try:
-        _listed[address] = check_state(address)
+        check_state(address)
     except FileNotFoundError:
         return True
+    except ConnectionError:
+        raise
     except (OSError, ValueError):
         pass
     return False
 
 
-def are_missing(addresses):
-    """`is_missing` of each address, several at once."""
-    return in_parallel(is_missing, addresses)
+def find_missing(addresses, *, below=""):
+    """Those of the addresses of which there certainly is no file.
+
+    Args:
+        below: an address that is listed first, so that those in the list need no request of their own. Without it,
+            what the storage has just told of a file is taken as true.
+
+    Raises:
+        ConnectionError: if the storage cannot be reached.
+    """
+    if is_address(below) and not _is_http(below):
+        try:
+            there = set(list_files(below))
+        except FileNotFoundError:
+            there = set()
+        addresses = [address for address in addresses if address not in there]
+    addresses = list(addresses)
+    found = in_parallel(partial(is_missing, since=0 if below else JUST_TOLD), addresses)
+    return {address for address, gone in zip(addresses, found, strict=True) if gone}
 
 
 def in_parallel(function, items):
@@ -320,24 +378,48 @@ def in_parallel(function, items):
         return list(pool.map(function, items))
 
 
-def list_files(address):
+def list_files(address, unreadable=None):
     """Addresses of all files below an address, sorted; of the file itself, if it is one.
+
+    Args:
+        unreadable: a dict; folders that cannot be listed are added with the reason.
 
     Raises:
         FileNotFoundError: if there are none.
-        OSError: if the storage cannot be reached.
+        OSError: if the storage cannot be reached, or without `unreadable` if a folder cannot be listed.
     """
     system, path = find_storage(address)
-    found = _attempt(address, lambda: system.find(path, detail=True))
-    files = {}
-    for name, info in found.items():
-        file = name if is_address(name) else system.unstrip_protocol(name)
-        files[file] = info
+    is_flat = address.partition("://")[0].lower() in EXTRAS  # a folder is no more than a part of names
+    found = _attempt(address, lambda: system.find(path, detail=True)).values() if is_flat else None
+    files = []
+    for info in found if is_flat else _walk(system, path, address, unreadable):
+        name = info["name"] if is_address(info["name"]) else system.unstrip_protocol(info["name"])
+        files.append(name)
         if info.get("size") is not None:
-            _listed[file] = _state_of(info)
+            _listed[name] = _state_of(info)
     if not files:
         raise FileNotFoundError(f"Files expected at {address}; there are none.")
-    return sorted(files)
+    return sorted(set(files))
+
+
+def _walk(system, path, address, unreadable):
+    """What a storage tells of each file below a folder. fsspec's own walk leaves out folders that it cannot list."""
+    folders, visited = [f"{path.rstrip('/')}/"], set()
+    while folders:
+        folder = folders.pop()
+        visited.add(folder.rstrip("/"))
+        try:
+            entries = _attempt(folder, lambda folder=folder: system.ls(folder, detail=True))
+        except OSError as error:
+            if unreadable is None or len(visited) == 1:
+                raise
+            unreadable[folder] = f"this folder cannot be listed: {error}"
+            continue
+        for info in entries:
+            if info["type"] != "directory":
+                yield info
+            elif info["name"].rstrip("/") not in visited and not info["name"].rstrip("/").endswith(("/.", "/..")):
+                folders.append(info["name"])
 
 
 def _state_of(info):
@@ -356,7 +438,8 @@ def _time_of(told):
         if isinstance(told, int | float):
             return datetime.fromtimestamp(told, timezone.utc)
         if isinstance(told, str):
-            told = datetime.fromisoformat(told.replace("Z", "+00:00")) if told[:1].isdigit() else parsedate_to_datetime(told)
+            is_iso = told[:1].isdigit()
+            told = datetime.fromisoformat(told.replace("Z", "+00:00")) if is_iso else parsedate_to_datetime(told)
         return (told if told.tzinfo else told.replace(tzinfo=timezone.utc)).astimezone(timezone.utc)
     except (AttributeError, OverflowError, TypeError, ValueError):
         return None
@@ -401,7 +484,7 @@ def _true_errors(address):
             cause = cause.__cause__
         status = getattr(cause, "status", None)  # of HTTP
         reason = f"{type(cause).__name__}: {cause}"
-        if status in (404, 410) or isinstance(error, FileNotFoundError) and cause is error:
+        if status in (404, 410) or isinstance(error, FileNotFoundError) and (cause is error or not _is_http(address)):
             raise FileNotFoundError(f"{address} does not exist.") from error
         if status in (401, 403):
             raise PermissionError(f"{address} may not be read: {reason}") from error

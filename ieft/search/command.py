@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor
 from ieft.data.images import parse_bands, read_image
-from ieft.search.archive_files import find_images, read_hits
+from ieft.search.archive_files import find_images, open_file, read_hits, root_of
 from ieft.search.explain import draw_heat_map, explain_pair
 from ieft.search.feature_cache import KINDS
 from ieft.search.filters import without_place_in_code
@@ -62,7 +62,12 @@ def build_parser():
         required=True, metavar="index | query | info | export | delete | prune | relocate"
     )
     index = _add_command(commands, "index", index_archive, "add the images of an archive")
-    index.add_argument("archive", nargs="?", help="a folder, searched recursively, or one image")
+    index.add_argument(
+        "archive",
+        nargs="?",
+        help="a folder, searched recursively; other storage such as s3://bucket/prefix, gs://, az:// or https://; one "
+        "image; or a text file with a path or an address in each line",
+    )
     index.add_argument(
         "--tile",
         type=int,
@@ -83,7 +88,7 @@ def build_parser():
     index.add_argument("--captions", help="a text file, one sentence per line, to be found by `query --image`")
     query = _add_command(commands, "query", query_index, "find images for a sentence, or images similar to an image")
     query.add_argument("caption", nargs="?", help="a sentence")
-    query.add_argument("--image", help="an image file, instead of a sentence")
+    query.add_argument("--image", help="an image file or its address, instead of a sentence")
     query.add_argument("--bands", help="with --image, its bands to use as red, green and blue, from 1")
     query.add_argument("--top_k", type=int, default=10)
     query.add_argument("--rerank_top_k", type=int, default=32, help="hits to re-rank with the network; 0: none")
@@ -110,7 +115,7 @@ def build_parser():
     prune = _add_command(commands, "prune", prune_index, "remove missing files from the index, and list them")
     prune.add_argument("--force", action="store_true", help="even if all files of a folder are gone")
     relocate = _add_command(commands, "relocate", relocate_index, "update the location of an archive that was moved")
-    relocate.add_argument("folder", help="new location of the archive")
+    relocate.add_argument("folder", help="new location of the archive, a folder or an address")
     relocate.add_argument("--former", help="former location, if it is not the root shown by `info`")
     return parser
 
@@ -147,7 +152,7 @@ def index_archive(args):
     unreadable = {}
     files = find_images(args.archive, unreadable) if args.archive is not None else []
     captions = read_lines(args.captions) if args.captions else []
-    root = args.archive if args.archive is not None and Path(args.archive).is_dir() else None
+    root = root_of(args.archive) if args.archive is not None else None
     index = open_index(args, create=True, states=args.states, root=root)
     report = index.add(files, tile=args.tile, overlap=args.overlap, bands=bands)
     of_captions = index.add_captions(captions)
@@ -232,7 +237,7 @@ def look_up_caption(index, args):
 
 def look_up_image(index, args):
     """Search captions (explained with --explain) and similar images: {"captions": hits, "images": hits}."""
-    image = read_image(args.image, bands=parse_bands(args.bands))
+    image = read_image(open_file(args.image), bands=parse_bands(args.bands))
     options = {"rerank_top_k": args.rerank_top_k, "similarity_weight": args.similarity_weight}
     captions = index.search_captions(image, top_k=args.top_k, **options)
     for hit in captions if args.explain else ():

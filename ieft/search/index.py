@@ -31,14 +31,20 @@ try:
 except ImportError as error:
     raise ImportError("The index needs lancedb: pip install 'ieft[search]'.") from error
 
+from ieft.data.storage import is_address
 from ieft.evaluation.ranking import fingerprint, score_pairs
 from ieft.search.archive_files import (
     HitImages,
     UnreadableHit,
     digest_file,
+    find_gone,
     is_gone,
+    is_outside,
+    is_there,
+    normalize_root,
     place_again,
     read_hit,
+    sizes_of,
 )
 from ieft.search.feature_cache import decode_state
 from ieft.search.filters import check_where, fetch, is_not_text, without_place_in_code
@@ -114,8 +120,8 @@ class ImageIndex:
                 `ieft.search.feature_cache`), so that re-ranking reads no file. For models with `first_joint_layer`
                 above 0.
             storage_options: credentials and settings of object storage, as LanceDB takes them.
-            root: the archive's folder. The index stores the first one given, and paths relative to it: see
-                `relocate`. A moved archive is recognised by its files.
+            root: the archive's folder, or its address in other storage. The index stores the first one given, and
+                paths relative to it: see `relocate`. A moved archive is recognised by its files.
 
         Raises:
             ValueError: if the model has no contrastive heads or is another one than that of the index; if `states`
@@ -146,7 +152,7 @@ class ImageIndex:
                 )
             self.needs_files = not self.states
             if root is not None:
-                self._use_root(os.path.realpath(root))
+                self._use_root(normalize_root(root))
 
     def _open(self, uri, create, states, storage_options):
         folder = None if "://" in uri else Path(uri)
@@ -264,14 +270,16 @@ class ImageIndex:
         if folder == self.root or folder.startswith(os.path.join(self.root, "")):
             return
         some = self.table.search().select(["file", "bytes"]).limit(1000).to_list()
-        some = [row for row in some if not os.path.isabs(row["file"])]
-        if not some or not all(is_gone(self.path_of(row["file"])) for row in some):
+        some = [row for row in some if not is_outside(row["file"])]
+        files = {self.path_of(row["file"]) for row in some}
+        if not some or len(find_gone(files)) < len(files):
             return
-        moved = [row for row in some if _size(os.path.join(folder, row["file"])) == row["bytes"]]
+        sizes = sizes_of([os.path.join(folder, row["file"]) for row in some])
+        moved = [row for row, size in zip(some, sizes, strict=True) if size == row["bytes"]]
         if len(moved) > len(some) / 2:
             logger.warning("The archive was moved from %s to %s: the index follows.", self.root, folder)
             self.relocate(folder)
-        elif not os.path.isdir(self.root):
+        elif not is_there(self.root):
             raise FileNotFoundError(
                 f"The archive of this index, {self.root}, is not there, and {folder} does not hold its files. Mount "
                 f"it; or if it was moved and changed, run ieft-search relocate FOLDER."
@@ -281,7 +289,7 @@ class ImageIndex:
         """Update the location of a moved archive, without computing embeddings again.
 
         Args:
-            folder: the new root.
+            folder: the new root: a folder, or an address in other storage.
             former: the former location; None takes the index's root. For files that were indexed outside of the root,
                 or by an earlier version, which had no root.
 
@@ -291,18 +299,18 @@ class ImageIndex:
         Raises:
             ValueError: if none exists there.
         """
-        folder = os.path.realpath(folder)
-        if former is not None and os.path.realpath(former) != self.root:
-            former = os.path.join(os.path.realpath(former), "")
+        folder = normalize_root(folder)
+        if former is not None and normalize_root(former) != self.root:
+            former = os.path.join(normalize_root(former), "")
             known = {row["file"] for row in self.select(None, ["file"]) if row["file"].startswith(former)}
             names = {name: name.removeprefix(former) for name in known}
         elif self.root:
             former = None
-            known = {row["file"] for row in self.select(None, ["file"]) if not os.path.isabs(row["file"])}
+            known = {row["file"] for row in self.select(None, ["file"]) if not is_outside(row["file"])}
             names = {name: name for name in known}
         else:
             raise ValueError("This index knows no root of its archive: name the former one too, with --former FOLDER.")
-        found = sum(not is_gone(os.path.join(folder, name)) for name in names.values())
+        found = len(names) - len(find_gone({os.path.join(folder, name) for name in names.values()}, root=folder))
         if not found:
             raise ValueError(f"None of the index's {len(names):,} files of the former place is below {folder}.")
         if former is None:
@@ -329,11 +337,13 @@ class ImageIndex:
             remove_doubles(self.table, KEY)
 
     def path_of(self, name):
-        """The absolute path of a file of the index."""
-        return os.path.join(self.root, name)
+        """The absolute path, or the address, of a file of the index."""
+        return name if is_outside(name) else os.path.join(self.root, name)
 
     def name_of(self, file):
         """The name of a file in the index: relative to the root if it is below it, with the names of links."""
+        if is_address(file):
+            return file.removeprefix(os.path.join(self.root, "")) if self.root else file
         file = os.path.abspath(file)
         real = os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file))
         for path in (file, real) if self.root else ():
@@ -423,22 +433,28 @@ class ImageIndex:
 
         Raises:
             FileNotFoundError: if all files of a folder are gone, as when a disk is not mounted; nothing was removed.
+            ConnectionError: if other storage cannot be reached; nothing was removed.
         """
         names = {row["file"] for row in self.select(None, ["file"])}
-        gone = sorted(name for name in names if is_gone(self.path_of(name)))
+        paths = {self.path_of(name): name for name in names}
+        gone = sorted(paths[path] for path in find_gone(paths, root=self.root))
         count, of_gone = (Counter(self._place_of(name) for name in some) for some in (names, gone))
         lost = [place for place in of_gone if of_gone[place] == count[place]]
         if lost and not force:
             raise FileNotFoundError(
                 f"All {count[lost[0]]:,} files of {lost[0]} in the index are gone. If a disk is not mounted, mount "
-                "it; if the archive was moved, run ieft-search relocate; to take them out all the same, pass --force."
+                "it; if this is another account or server, correct that; if the archive was moved, run ieft-search "
+                "relocate; to take them out all the same, pass --force."
             )
         for first in range(0, len(gone), 1000):
             retry(self.table.delete, any_of(gone[first : first + 1000]))
         return [self.path_of(name) for name in gone]
 
     def _place_of(self, name):
-        """The folder that may be a mount point of a file: the root, or the first two folders of a path."""
+        """The folder that may be a mount point of a file: the root, the first two folders of a path, or the server or
+        bucket of an address."""
+        if is_address(name):
+            return "/".join(name.split("/")[:3])
         return os.path.join(*Path(name).parts[:-1][:3]) if os.path.isabs(name) else self.root
 
     def delete_captions(self, captions):
@@ -508,7 +524,10 @@ class ImageIndex:
         asked = top_k
         while True:
             nearest = self._with_paths(_nearest(self.table, vector, asked, columns, where))
-            usable = [hit for hit in nearest if not self._is_unusable(hit["file"], unusable)]
+            if self.needs_files:
+                gone = find_gone({hit["file"] for hit in nearest} - unusable.keys())
+                unusable.update(dict.fromkeys(gone, "it was moved or deleted"))
+            usable = [hit for hit in nearest if hit["file"] not in unusable]
             if len(usable) < len(nearest) and self._root_has_changed():
                 unusable.clear()
                 continue
@@ -521,11 +540,6 @@ class ImageIndex:
         before, self._root = self.root, None
         return self.root != before
 
-    def _is_unusable(self, file, unusable):
-        if file not in unusable and self.needs_files and is_gone(file):
-            unusable[file] = "it was moved or deleted"
-        return file in unusable
-
     def _warn_of(self, unusable):
         """Warn once of the files that a search skipped.
 
@@ -534,7 +548,7 @@ class ImageIndex:
         """
         if not unusable:
             return
-        if self.root and not os.path.isdir(self.root):
+        if self.root and not is_there(self.root):
             raise FileNotFoundError(
                 f"The archive of this index, {self.root}, is not there: mount it, or if it was moved, run ieft-search "
                 "relocate FOLDER."
@@ -617,7 +631,9 @@ class ImageIndex:
         images = [decode_state(state) for state in states] or HitImages(hits, self.processor)
         try:
             return score_pairs(self.model, images, tokens, [(row, 0) for row in range(len(hits))], progress=False)
-        except UnreadableHit:
+        except UnreadableHit as error:
+            if isinstance(error.__cause__, ConnectionError):  # others cannot be read either
+                raise error.__cause__ from error
             for hit in hits:
                 try:
                     read_hit(hit)
@@ -697,13 +713,6 @@ def _store_errors(uri):
         raise ValueError(
             f"{uri} cannot be opened as an index; it is damaged or cannot be written: {reason}"
         ) from error
-
-
-def _size(file):
-    try:
-        return os.stat(file).st_size
-    except (OSError, ValueError):
-        return None
 
 
 def _check_options(top_k, rerank_top_k=0, similarity_weight=0.0):
