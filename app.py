@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor, draw_scene
 from ieft.data.images import parse_bands
-from ieft.search.archive_files import find_images
+from ieft.search.archive_files import find_images, root_of
 from ieft.search.command import hide_loading_bar
 from ieft.search.index import ImageIndex
 
@@ -33,7 +33,7 @@ def build_parser():
     for name, text in (
         ("model", "folder or Hub id of a checkpoint with contrastive heads"),
         ("index", "a folder, or object storage such as s3://bucket/prefix"),
-        ("archive", "a folder of images to index first: what is new in it"),
+        ("archive", "a folder or an address of images to index first: what is new there"),
     ):
         variable = f"IEFT_{name.upper()}"
         parser.add_argument(f"--{name}", default=os.environ.get(variable), help=f"{text}; or the variable {variable}")
@@ -76,9 +76,9 @@ def draw_archive(folder, number):
 
 def open_index(args):
     """Open the index of the arguments and add new images of the archive."""
-    archive = args.archive and Path(args.archive)
+    archive = args.archive
     if args.draw_scenes:
-        draw_archive(archive, args.draw_scenes)
+        draw_archive(Path(archive), args.draw_scenes)
     unreadable = {}
     files = find_images(archive, unreadable) if archive else []
     model = IeftForImageTextRetrieval.from_pretrained(args.model)
@@ -87,7 +87,7 @@ def open_index(args):
         model,
         processor=IeftProcessor.from_pretrained(args.model),
         create=bool(files),
-        root=archive if archive and archive.is_dir() else None,
+        root=root_of(archive) if archive else None,
     )
     if files:
         report = index.add(files, bands=parse_bands(args.bands))
