@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import re
+import sys
 import tempfile
 import zipfile
 from collections import Counter
@@ -524,4 +525,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     main()

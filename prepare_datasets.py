@@ -604,4 +604,5 @@ def prepare(name_or_path, data_dir, *, output_dir, push_to_hub=None, private=Non
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     sys.exit(main())

@@ -762,6 +762,7 @@ def command():
     The launcher ends all processes as soon as one fails, so the others leave the main process time to report an error
     that all have. An error of one process alone is reported by that process.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
     rank = int(os.environ.get("RANK", 0))
     try:
         main()

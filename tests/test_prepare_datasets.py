@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -478,3 +479,15 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_later(tmp_path, capsy
     assert not list(tmp_path.glob("out/data/*"))
     assert main(command) == 0
     assert len(datasets.load_dataset(str(tmp_path / "out"))["train"]) == 10
+
+
+def test_names_that_the_terminal_cannot_show_end_no_command(tmp_path, monkeypatch):
+    write_folder(tmp_path / "daten", suffix=".png")
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", printed)
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "daten"), "--output_dir", str(tmp_path / "日本")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "prepare_datasets.py"), run_name="__main__")
+    assert ended.value.code == 0
+    printed.flush()
+    assert b"\\u65e5\\u672c written" in printed.buffer.getvalue()

@@ -1,5 +1,6 @@
 """Tests of the training command, run as users run it."""
 
+import io
 import json
 import os
 import re
@@ -545,3 +546,12 @@ def test_the_main_process_reports_an_error_first_and_another_its_own_after_it(mo
         assert ended.value.code == 1 and time.monotonic() - begun >= seconds
         printed = capsys.readouterr().err
         assert printed.startswith(name + message) and len(printed.splitlines()) == 1
+
+
+def test_a_name_that_the_terminal_cannot_show_ends_no_run(monkeypatch):
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", printed)
+    monkeypatch.setattr(run_retrieval, "main", lambda: print("日本"))
+    run_retrieval.command()
+    printed.flush()
+    assert printed.buffer.getvalue() == b"\\u65e5\\u672c\n"
