@@ -51,7 +51,7 @@ HOSTILE_NAME = "<img src=x onerror=alert(1)> it's 100%.png"
 REQUESTS_PER_MINUTE = 40
 VISITORS = itertools.count(1)
 PATIENCE = 120  # seconds; a test machine may be busy
-DEFAULTS = [12, 32, 0, 0, "", False, ""]  # the page's settings
+DEFAULTS = [12, 32, 0, 0, "", False, "", "", ""]  # the page's settings
 
 
 @pytest.fixture(scope="module")
@@ -415,6 +415,8 @@ def test_uploads_and_questions_are_bounded(client):
         (3, [1], "Height, at least: a whole number"),
         (4, ["a"], "A part of a file name as text"),
         (5, "maybe", "True or false"),
+        (7, "1, 2, 3", "bbox must be west, south, east and north"),
+        (8, "yesterday", "datetime must be a time such as"),
     ],
     ids=lambda each: ascii(each)[:30],
 )  # fmt: skip

@@ -289,6 +289,20 @@ def _options_of_gdal(kind):
     return {name: value for name, value in found.items() if name not in fsspec.config.conf.get(kind, {})}
 
 
+def read_file(address):
+    """The bytes of a whole file; errors as `read_state`."""
+    system, path = find_storage(address)
+    return _attempt(address, lambda: system.cat_file(path))
+
+
+def tells_json(address):
+    """Whether a server says that an address is JSON; False for storage that tells no kinds."""
+    if not _is_http(address):
+        return False
+    system, path = find_storage(address)
+    return "json" in _attempt(address, lambda: system.info(path)).get("mimetype", "")
+
+
 def read_state(address):
     """The `FileState` of a file, as it was listed, or else as its storage tells it now.
 

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from ieft import IeftForImageTextRetrieval, IeftProcessor
 from ieft.data.images import parse_bands, read_image
 from ieft.search.archive_files import find_images, open_file, read_hits, root_of
+from ieft.search.catalogues import add_catalogue, is_catalogue, to_item_collection
 from ieft.search.explain import draw_heat_map, explain_pair
 from ieft.search.feature_cache import KINDS
 from ieft.search.filters import without_place_in_code
@@ -66,7 +67,7 @@ def build_parser():
         "archive",
         nargs="?",
         help="a folder, searched recursively; other storage such as s3://bucket/prefix, gs://, az:// or https://; one "
-        "image; or a text file with a path or an address in each line",
+        "image; a text file with a path or an address in each line; or a STAC catalogue, item collection or API",
     )
     index.add_argument(
         "--tile",
@@ -85,6 +86,16 @@ def build_parser():
         choices=KINDS,
         help="also store image features for re-ranking, for checkpoints with first_joint_layer above 0",
     )
+    index.add_argument("--asset", help="of a STAC catalogue, the key of the asset to index, such as visual")
+    index.add_argument(
+        "--collection", action="append", help="of a STAC catalogue, a collection to take; may be repeated"
+    )
+    index.add_argument(
+        "--property",
+        action="append",
+        help="of a STAC catalogue, a property that becomes a column, such as view:off_nadir; may be repeated",
+    )
+    _add_place_and_time(index, "of a STAC catalogue, only items")
     index.add_argument("--captions", help="a text file, one sentence per line, to be found by `query --image`")
     query = _add_command(commands, "query", query_index, "find images for a sentence, or images similar to an image")
     query.add_argument("caption", nargs="?", help="a sentence")
@@ -95,6 +106,7 @@ def build_parser():
     query.add_argument(
         "--where", help="SQL filter over the columns listed by `info`: \"width >= 256 AND file LIKE '%%port%%'\""
     )
+    _add_place_and_time(query, "only images")
     query.add_argument(
         "--similarity_weight",
         type=float,
@@ -105,10 +117,14 @@ def build_parser():
     query.add_argument("--json", action="store_true", help="JSON instead of the table")
     query.add_argument("--sheet", help="write a contact sheet of the hits to this PNG file")
     query.add_argument("--geojson", help="write the outlines of the hits to this GeoJSON file")
-    query.add_argument("--overwrite", action="store_true", help="replace files of --sheet, --geojson and --explain")
+    query.add_argument("--stac", help="write the hits to this file as a STAC ItemCollection")
+    query.add_argument(
+        "--overwrite", action="store_true", help="replace files of --sheet, --geojson, --stac and --explain"
+    )
     _add_command(commands, "info", show_info, "show what the index contains")
     export = _add_command(commands, "export", export_index, "print the metadata of the images as JSON lines")
     export.add_argument("--where", help="as for `query`")
+    _add_place_and_time(export, "only images")
     export.add_argument("--geojson", action="store_true", help="print outlines instead, as one FeatureCollection")
     delete = _add_command(commands, "delete", delete_images, "remove images from the index")
     delete.add_argument("files", nargs="+")
@@ -126,6 +142,14 @@ def _add_command(commands, name, function, text):
     command.add_argument("--model", required=True, help="folder or Hub id of a checkpoint with contrastive heads")
     command.add_argument("--index", required=True, help="a folder, or object storage such as s3://bucket/prefix")
     return command
+
+
+def _add_place_and_time(command, which):
+    names = ("WEST", "SOUTH", "EAST", "NORTH")
+    text = f"{which} that touch this box in degrees; west above east across the antimeridian"
+    command.add_argument("--bbox", nargs=4, type=float, metavar=names, help=text)
+    text = f"{which} acquired then, such as 2021-06-01, 2021-06/2021-08 or 2021-06-15/.."
+    command.add_argument("--datetime", help=text)
 
 
 def open_index(args, **options):
@@ -149,15 +173,27 @@ def index_archive(args):
     if args.overlap is not None and not args.tile:
         raise ValueError("--overlap needs --tile: it is the overlap of the tiles.")
     bands = parse_bands(args.bands)
-    unreadable = {}
-    files = find_images(args.archive, unreadable) if args.archive is not None else []
+    unreadable, catalogue = {}, None
+    of_catalogue = {
+        "asset": args.asset, "collections": args.collection, "properties": args.property or (), "bbox": args.bbox,
+        "datetime": args.datetime,
+    }  # fmt: skip
+    if args.archive is not None and is_catalogue(args.archive):
+        catalogue = args.archive
+    elif any(of_catalogue.values()):
+        raise ValueError(
+            "--asset, --collection, --property, --bbox and --datetime are of a STAC catalogue: a file or an address "
+            f"of JSON expected; got {args.archive}."
+        )
+    files = find_images(args.archive, unreadable) if args.archive is not None and not catalogue else []
     captions = read_lines(args.captions) if args.captions else []
-    root = root_of(args.archive) if args.archive is not None else None
+    root = root_of(args.archive) if files else None
     index = open_index(args, create=True, states=args.states, root=root)
-    report = index.add(files, tile=args.tile, overlap=args.overlap, bands=bands)
+    options = {"tile": args.tile, "overlap": args.overlap, "bands": bands}
+    report = add_catalogue(index, catalogue, **of_catalogue, **options) if catalogue else index.add(files, **options)
     of_captions = index.add_captions(captions)
     index.optimize()
-    if files:
+    if args.archive is not None:
         kind = "tiles" if args.tile else "images"
         print(f"{report['added']:,} added, {report['unchanged']:,} unchanged, {len(index):,} {kind} in {args.index}")
     if args.captions:
@@ -192,10 +228,13 @@ def check_outputs(args):
     Raises:
         FileExistsError: if a file or a non-empty folder exists already.
     """
-    outputs = [os.path.abspath(output) for output in (args.sheet, args.geojson, args.explain) if output]
+    given = [output for output in (args.sheet, args.geojson, args.stac, args.explain) if output]
+    outputs = [os.path.abspath(output) for output in given]
     if len(set(outputs)) < len(outputs):
-        raise ValueError("--sheet, --geojson and --explain write to different places; two of them name the same one.")
-    for output in filter(None, (args.sheet, args.geojson, args.explain)):
+        raise ValueError(
+            "--sheet, --geojson, --stac and --explain write to different places; two of them name the same one."
+        )
+    for output in given:
         path = Path(output)
         taken = any(path.iterdir()) if path.is_dir() and output == args.explain else path.exists()
         if taken and not args.overwrite:
@@ -218,6 +257,8 @@ def query_index(args):
         draw_sheet(hits).save(args.sheet, format="PNG")
     if args.geojson:
         Path(args.geojson).write_text(json.dumps(to_geojson(hits), indent=1, default=str), encoding="utf-8")
+    if args.stac:
+        Path(args.stac).write_text(json.dumps(to_item_collection(hits), indent=1, default=str), encoding="utf-8")
     if args.json:
         print(json.dumps(found if args.image is not None else hits, indent=1, default=str))
     else:
@@ -229,7 +270,8 @@ def query_index(args):
 def look_up_caption(index, args):
     """Search images for a sentence and, with --explain, explain the hits: {"images": hits}."""
     options = {"rerank_top_k": args.rerank_top_k, "similarity_weight": args.similarity_weight}
-    hits = index.search(args.caption, top_k=args.top_k, where=args.where, **options)
+    options |= {"where": args.where, "bbox": args.bbox, "datetime": args.datetime}
+    hits = index.search(args.caption, top_k=args.top_k, **options)
     for hit, picture in read_hits(hits) if args.explain else ():
         save_explanation(index, args.explain, picture, args.caption, hit)
     return {"images": hits}
@@ -242,7 +284,8 @@ def look_up_image(index, args):
     captions = index.search_captions(image, top_k=args.top_k, **options)
     for hit in captions if args.explain else ():
         save_explanation(index, args.explain, image, hit["caption"], hit)
-    return {"captions": captions, "images": index.search_image(image, top_k=args.top_k, where=args.where)}
+    filters = {"where": args.where, "bbox": args.bbox, "datetime": args.datetime}
+    return {"captions": captions, "images": index.search_image(image, top_k=args.top_k, **filters)}
 
 
 def save_explanation(index, folder, image, caption, hit):
@@ -264,7 +307,7 @@ def show_info(args):
 
 
 def export_index(args):
-    rows = open_index(args).rows(args.where)
+    rows = open_index(args).rows(args.where, bbox=args.bbox, datetime=args.datetime)
     if args.geojson:
         print(json.dumps(to_geojson(rows), indent=1, default=str))
     else:

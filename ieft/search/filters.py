@@ -1,7 +1,10 @@
 """Filters over the columns of a vector store, written by users: comparisons in SQL, checked word by word before the
 store sees them."""
 
+import math
 import re
+from datetime import datetime as Time
+from datetime import timedelta, timezone
 
 MAX_WHERE = 10_000  # characters
 MAX_TERMS = 2_000  # words, numbers, strings and signs
@@ -58,6 +61,98 @@ def check_where(where, *, columns=None, longest=MAX_WHERE):
             f"shorter as: width IN (1, 2, 3). Got {where[:200]!r}."
         )
     return where
+
+
+def write_where(where=None, bbox=None, datetime=None):
+    """Conditions as one SQL filter; None where there is none.
+
+    Args:
+        where: an SQL condition, checked by `check_where`.
+        bbox: west, south, east, north in degrees; what touches this box passes. West is above east in a box across
+            the antimeridian.
+        datetime: what was acquired then passes: a time of RFC 3339, a year, month or day such as "2021-06", or two of
+            them with a slash between, of which one may be "..".
+
+    Raises:
+        ValueError: for anything else.
+    """
+    where = check_where(where)
+    conditions = [f"({where})"] if where else []
+    if bbox is not None:
+        conditions.append(_touches(*_check_bbox(bbox)))
+    if datetime is not None:
+        start, end = parse_interval(datetime)
+        conditions += [f"acquired >= timestamp '{start:%Y-%m-%d %H:%M:%S.%f}'"] if start else []
+        conditions += [f"acquired < timestamp '{end:%Y-%m-%d %H:%M:%S.%f}'"] if end else []
+        conditions += [] if start or end else ["acquired IS NOT NULL"]
+    return " AND ".join(conditions) or None
+
+
+def _check_bbox(bbox):
+    try:
+        west, south, east, north = (float(side) for side in bbox)
+    except (TypeError, ValueError):
+        west = math.nan
+    if math.isnan(west) or not (-180 <= west <= 180 and -180 <= east <= 180 and -90 <= south <= north <= 90):
+        raise ValueError(
+            "bbox must be west, south, east and north in degrees, south at most north, such as 7.5 47.1 8.9 47.9; got "
+            f"{str(bbox)[:100]}."
+        )
+    return west, south, east, north
+
+
+def _touches(west, south, east, north):
+    spans = [(west, east)] if west <= east else [(west, 180.0), (-180.0, east)]
+    spans += [(-edge, -edge) for edge in (-180.0, 180.0) if edge in (west, east)]  # one meridian of two names
+    across = "(west <= east AND west <= {1} AND east >= {0} OR west > east AND (west <= {1} OR east >= {0}))"
+    return f"south <= {north} AND north >= {south} AND ({' OR '.join(across.format(*span) for span in spans)})"
+
+
+INSTANT = re.compile(
+    r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,6})\d*)?)?(Z|[+-]\d\d:?\d\d)?)?)?)?", re.I
+)
+
+
+def parse_interval(text):
+    """A time or an interval, as in `write_where` -> (start, end) in UTC, the end not included; None where it is open.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    parts = str(text).strip().split("/")
+    try:
+        (start, _), (_, end) = _parse_time(parts[0]), _parse_time(parts[-1])
+        if len(parts) <= 2 and (start is None or end is None or start < end) and (len(parts) == 2 or start):
+            return start, end
+    except (OverflowError, ValueError):
+        pass
+    raise ValueError(
+        "datetime must be a time such as 2021-06-01T10:30:00Z, a year, month or day such as 2021-06, or an interval "
+        f"such as 2021-06/2021-08 or 2021-06-15/..; got {str(text)[:100]!r}."
+    )
+
+
+def _parse_time(text):
+    """A time, or a year, month or day -> its start and its end; (None, None) for an open one."""
+    if text.strip() in ("", ".."):
+        return None, None
+    found = INSTANT.fullmatch(text.strip())
+    if not found:
+        raise ValueError(text)
+    *numbers, fraction, zone = found.groups()
+    year, month, day, hour, minute, second = (None if number is None else int(number) for number in numbers)
+    start = Time(year, month or 1, day or 1, hour or 0, minute or 0, second or 0, int((fraction or "").ljust(6, "0")))
+    start = start.replace(tzinfo=timezone.utc)
+    if month is None:
+        return start, start.replace(year=year + 1)
+    if day is None:
+        return start, start.replace(year=year + month // 12, month=month % 12 + 1)
+    if hour is None:
+        return start, start + timedelta(days=1)
+    if zone and zone.upper() != "Z":
+        sign, digits = (-1 if zone[0] == "-" else 1), zone[1:].replace(":", "")
+        start -= sign * timedelta(hours=int(digits[:2]), minutes=int(digits[2:]))
+    return start, start + timedelta(milliseconds=1)  # the index keeps milliseconds
 
 
 def _split_terms(where):

@@ -47,7 +47,7 @@ from ieft.search.archive_files import (
     sizes_of,
 )
 from ieft.search.feature_cache import decode_state
-from ieft.search.filters import check_where, fetch, is_not_text, without_place_in_code
+from ieft.search.filters import check_where, fetch, is_not_text, without_place_in_code, write_where
 from ieft.search.ingestion import ROWS_AT_ONCE, add_captions, add_images
 from ieft.search.tables import (
     CAPTIONS,
@@ -225,7 +225,7 @@ class ImageIndex:
         names = set(self.table.schema.names)
         new = [pa.field(name, kind) for name, kind in METADATA.items() if name not in names]
         if new:
-            retry(self._add_columns, new)
+            retry(self.add_columns, new)
         for table, key in ((self.table, KEY), (self.captions, ["caption"])):
             if PRIMARY_KEY not in (table.schema.field(key[0]).metadata or {}):
                 retry(set_key, table, key)
@@ -237,7 +237,8 @@ class ImageIndex:
             placed = [place_again(row | {"file": self.path_of(row["file"])}) | {"file": row["file"]} for row in rows]
             self.update(placed)
 
-    def _add_columns(self, fields):
+    def add_columns(self, fields):
+        """Add those of the columns, as fields of pyarrow, that do not exist."""
         there = set(self.table.schema.names)
         if missing := [field for field in fields if field.name not in there]:  # another process may have been first
             self.table.add_columns(missing)
@@ -464,15 +465,21 @@ class ImageIndex:
             return 0
         return retry(self.captions.delete, any_of(captions, "caption")).num_deleted_rows
 
-    def rows(self, where=None, *, columns=tuple(METADATA)):
-        """Metadata of the images that match `where`, an SQL expression over the columns; of all without one.
+    @property
+    def columns(self):
+        """Names of the columns of metadata: those of every index, then those of catalogues."""
+        names = self.table.schema.names
+        return [*METADATA, *(name for name in names if name not in METADATA and name not in ("vector", "state"))]
+
+    def rows(self, where=None, *, bbox=None, datetime=None, columns=None):
+        """Metadata of the images that match the filters of `search`; of all without one.
 
         In `where`, `file` is relative to the root; in the rows it is the absolute path.
 
         Raises:
             ValueError: for an invalid expression, or one that is not a comparison.
         """
-        return self._with_paths(self.select(check_where(where), columns))
+        return self._with_paths(self.select(write_where(where, bbox, datetime), columns or self.columns))
 
     def select(self, where, columns):
         """Rows as they are stored: `file` is relative to the root."""
@@ -503,17 +510,17 @@ class ImageIndex:
             raise ValueError("A caption to look for expected; got an empty one.")
         return self.embed_captions([caption])[0]
 
-    def shortlist(self, vector, top_k=32, *, where=None):
+    def shortlist(self, vector, top_k=32, *, where=None, bbox=None, datetime=None):
         """The `top_k` nearest images or tiles, best first.
 
         Args:
             vector: (E,) of a caption or an image.
-            where: an SQL filter over the columns, applied before the search: `"north > 48 AND width >= 256"`.
+            where, bbox, datetime: filters, as in `search`.
 
         Returns:
             list: the columns without the vector, and `similarity`, in [-1, 1].
         """
-        return self._shortlist(vector, top_k, list(METADATA), where, {})
+        return self._shortlist(vector, top_k, self.columns, write_where(where, bbox, datetime), {})
 
     def _shortlist(self, vector, top_k, columns, where, unusable):
         """The nearest hits whose files exist; the query is enlarged until there are enough.
@@ -559,10 +566,16 @@ class ImageIndex:
             len(unusable), file, why,
         )  # fmt: skip
 
-    def search(self, caption, *, top_k=10, rerank_top_k=32, where=None, similarity_weight=0.0):
+    def search(
+        self, caption, *, top_k=10, rerank_top_k=32, where=None, bbox=None, datetime=None, similarity_weight=0.0
+    ):  # fmt: skip
         """Search images for a sentence: a shortlist by embedding, its first `rerank_top_k` re-ranked by the network.
 
         Args:
+            where: an SQL filter over the columns, applied before the search: `"north > 48 AND width >= 256"`.
+            bbox: west, south, east, north in degrees: only images that touch this box.
+            datetime: only images acquired then, such as "2021-06-01", "2021-06/2021-08" or "2021-06-15/..": see
+                `ieft.search.filters.write_where`.
             similarity_weight: weight of the embeddings' similarity, scaled as in the contrastive loss, that is added
                 to the matching score; `run_retrieval.py --rerank_top_k` chooses one on validation data.
 
@@ -577,6 +590,7 @@ class ImageIndex:
                 warning.
         """
         _check_options(top_k, rerank_top_k, similarity_weight)
+        where = write_where(where, bbox, datetime)
         seconds, unusable = {}, {}
         with _clock(seconds, "embed"):
             vector = self.embed_caption(caption)
@@ -584,7 +598,7 @@ class ImageIndex:
         scores = None
         while scores is None:
             with _clock(seconds, "shortlist"):
-                columns = [*METADATA, *kept]
+                columns = [*self.columns, *kept]
                 nearest = self._shortlist(vector, max(top_k, rerank_top_k), columns, where, unusable)
                 states = [hit.pop("state") for hit in nearest if kept]
             with _clock(seconds, "re-rank"):
@@ -595,14 +609,15 @@ class ImageIndex:
             del seconds["re-rank"]
         return self._merged(nearest, vector, top_k, where, seconds, unusable)
 
-    def search_image(self, image, *, top_k=10, where=None):
-        """Search images similar to a PIL image, by embedding only; returns hits as `search`."""
+    def search_image(self, image, *, top_k=10, where=None, bbox=None, datetime=None):
+        """Search images similar to a PIL image, by embedding only; filters and hits as in `search`."""
         _check_options(top_k)
+        where = write_where(where, bbox, datetime)
         seconds, unusable = {}, {}
         with _clock(seconds, "embed"):
             vector = self.embed_images([image])[0]
         with _clock(seconds, "shortlist"):
-            nearest = self._shortlist(vector, top_k, list(METADATA), where, unusable)
+            nearest = self._shortlist(vector, top_k, self.columns, where, unusable)
         return self._merged(nearest, vector, top_k, where, seconds, unusable)
 
     def search_captions(self, image, *, top_k=10, rerank_top_k=32, similarity_weight=0.0):
@@ -652,7 +667,7 @@ class ImageIndex:
         best, found, asked = nearest, merge_overlaps(nearest), len(nearest)
         while len(found) < top_k <= asked:
             with _clock(seconds, "shortlist"):
-                more = self._shortlist(vector, 2 * asked, list(METADATA), where, unusable)
+                more = self._shortlist(vector, 2 * asked, self.columns, where, unusable)
             seen = {_place(hit) for hit in best}
             best = [*best, *(hit for hit in more if _place(hit) not in seen)]
             found = merge_overlaps(best)

@@ -111,13 +111,20 @@ class SearchPage:
                 )
                 name = gr.Textbox(label="File name contains", min_width=160)
                 placed = gr.Checkbox(label="Only with geographic bounds", min_width=160)
+            with gr.Row():
+                bbox = gr.Textbox(
+                    label="Touches west, south, east, north (degrees)",
+                    placeholder="7.5, 47.1, 8.9, 47.9",
+                    min_width=160,
+                )
+                acquired = gr.Textbox(label="Acquired", placeholder="2021-06-01 or 2021-06/2021-08", min_width=160)
             where = gr.Textbox(
                 label="SQL condition over the index's columns", placeholder="width >= 256 AND north > 48"
             )
             with gr.Row():
                 top_k = gr.Slider(1, MOST_SHOWN, 12, step=1, label="Images to show")
                 rerank_top_k = gr.Slider(0, MOST_RERANKED, 32, step=1, label="Images of the shortlist to re-rank")
-        self.settings = [top_k, rerank_top_k, width, height, name, placed, where]
+        self.settings = [top_k, rerank_top_k, width, height, name, placed, where, bbox, acquired]
         for setting in self.settings:  # checked by `check_settings`, whose messages name the setting
             setting.preprocess = lambda sent: sent
 

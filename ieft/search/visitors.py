@@ -21,7 +21,7 @@ from PIL import Image
 from starlette.responses import JSONResponse
 
 from ieft.data.images import describe_image, read_image
-from ieft.search.filters import check_where
+from ieft.search.filters import check_where, write_where
 
 MEGABYTE = 1 << 20
 LARGEST_UPLOAD = 10 * MEGABYTE
@@ -71,7 +71,7 @@ def check_number(value, name, least, most):
 
 def check_settings(settings):
     """What a visitor set on the page, or sent in its place -> (top_k, rerank_top_k, arguments of `write_filter`)."""
-    top_k, rerank_top_k, width, height, name, placed, where = settings
+    top_k, rerank_top_k, width, height, name, placed, where, bbox, acquired = settings
     width = check_number(width, "Width, at least", 0, LONGEST_SIDE)
     height = check_number(height, "Height, at least", 0, LONGEST_SIDE)
     if not isinstance(placed, bool | None):
@@ -79,11 +79,13 @@ def check_settings(settings):
     return (
         check_number(top_k, "Images to show", 1, MOST_SHOWN),
         check_number(rerank_top_k, "Images to re-rank", 0, MOST_RERANKED),
-        [width, height, name, placed, where],
+        [width, height, name, placed, where, bbox, acquired],
     )
 
 
-def write_filter(width=0, height=0, name=None, placed=False, where=None, *, columns=None):
+def write_filter(
+    width=0, height=0, name=None, placed=False, where=None, bbox=None, acquired=None, *, columns=None
+):  # fmt: skip
     """A visitor's conditions as one SQL condition over the index's columns; None where there is none."""
     conditions = [f"{side} >= {least}" for side, least in (("width", width), ("height", height)) if least]
     if name := check_text(name, "part of a file name"):
@@ -99,7 +101,12 @@ def write_filter(width=0, height=0, name=None, placed=False, where=None, *, colu
         except ValueError as error:
             raise told(str(error).replace("where must", "An SQL condition must", 1)) from None
         conditions.append(f"({where})")
-    return " AND ".join(conditions) or None
+    bbox, acquired = check_text(bbox, "box"), check_text(acquired, "time")
+    try:
+        found = write_where(bbox=re.split(r"[\s,;]+", bbox) if bbox else None, datetime=acquired or None)
+    except ValueError as error:
+        raise told(str(error)) from None
+    return " AND ".join([*conditions, *([found] if found else [])]) or None
 
 
 def read_upload(file):
