@@ -41,6 +41,8 @@ def build_parser():
         "--draw_scenes", type=int, default=0, help="draw so many synthetic scenes into the archive first"
     )
     parser.add_argument("--bands", help="bands of the archive's images that become red, green and blue, such as 4,3,2")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu; by default the best there is")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16; by default the fastest")
     parser.add_argument("--requests_per_minute", type=int, default=60, help="that one visitor may send")
     return parser
 
@@ -88,6 +90,8 @@ def open_index(args):
         processor=IeftProcessor.from_pretrained(args.model),
         create=bool(files),
         root=root_of(archive) if archive else None,
+        device=args.device,
+        dtype=args.dtype,
     )
     if files:
         report = index.add(files, bands=parse_bands(args.bands))

@@ -283,3 +283,20 @@ def test_the_source_is_in_the_wheel(tmp_path):
     subprocess.run([*command, str(tmp_path), str(tmp_path / "clone")], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     assert "ieft/cpu/attention.cpp" in zipfile.ZipFile(wheel).namelist()
+
+
+def test_padded_captions_are_embedded_as_without_padding():
+    """transformers leaves out the mask for an attention that names none."""
+    from test_modeling import tiny_config
+
+    from ieft.cpu.prepacked import prepack
+    from modeling_ieft import IeftForImageTextRetrieval
+
+    torch.manual_seed(0)
+    model = IeftForImageTextRetrieval(tiny_config(initializer_range=0.3)).eval()
+    tokens = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    with torch.no_grad():
+        padded = prepack(model).get_text_features(tokens, mask)
+        alone = model.get_text_features(tokens[1:, :2])
+    torch.testing.assert_close(padded[1:], alone, atol=1e-5, rtol=1e-5)

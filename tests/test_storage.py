@@ -83,7 +83,7 @@ def test_a_scene_over_http_is_indexed_with_about_its_bytes_and_a_query_reads_a_p
 def test_tiles_over_http_are_those_of_the_file(large):
     with running_files({"/large.tif": large.read_bytes()}) as server:
         address = f"{server.address}/large.tif"
-        windows = plan_tiles(address, 500, 0.1)
+        windows = plan_tiles(address, 500, 0.1).windows
         remote, local = list(read_tiles(address, windows)), list(read_tiles(str(large), windows))
         for (row, image), (expected, pixels) in zip(remote, local, strict=True):
             assert np.array_equal(np.asarray(image), np.asarray(pixels))
@@ -102,14 +102,14 @@ def test_a_lost_connection_is_tried_again_and_then_named(large):
         file = RemoteFile(f"{server.address}/large.tif")
         server.cuts = [1000, 0]
         assert file.read(0, 5000) == large.read_bytes()[:5000]
-        row, image = next(read_tiles(file.address, plan_tiles(file.address, 500, 0)))
+        row, image = next(read_tiles(file.address, plan_tiles(file.address, 500, 0).windows))
         storage._kept.forget()
         server.cuts = [1000] * 8
         with pytest.raises(ConnectionError, match=r"large\.tif: the connection was lost 4 times"):
             read_hit(row | {"tiling": "cut"})
         # In the midst of the pixels, where decoders report errors of their own.
         storage._kept.forget()
-        windows = plan_tiles(file.address, 500, 0)
+        windows = plan_tiles(file.address, 500, 0).windows
         server.cuts = [1000] * 8
         with pytest.raises(ConnectionError, match=r"large\.tif: the connection was lost 4 times"):
             list(read_tiles(file.address, windows))
@@ -166,7 +166,8 @@ def test_only_what_was_asked_for_is_requested(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="cannot be read as an image"):
             list(
                 read_tiles(
-                    f"{server.address}/archive/scene.tif", plan_tiles(f"{server.address}/archive/scene.tif", 8, 0)
+                    f"{server.address}/archive/scene.tif",
+                    plan_tiles(f"{server.address}/archive/scene.tif", 8, 0).windows,
                 )
             )
         with pytest.raises(FileNotFoundError):

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 logger = logging.getLogger(__name__)
 
@@ -158,3 +159,5 @@ def _warn_once(error):
 
 
 AttentionInterface.register(CPU_ATTENTION, cpu_attention)
+# Without this, transformers would leave out the mask of padded captions.
+AttentionMaskInterface.register(CPU_ATTENTION, sdpa_mask)

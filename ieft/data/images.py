@@ -136,6 +136,11 @@ class Scene:
             self._raster.close()
 
     @property
+    def by_window(self):
+        """Whether a window is read from the file without the rest of it."""
+        return self._image is None
+
+    @property
     def limits(self):
         """The stretch range: low and high of each shown band in turn; None for bytes."""
         return self._raster.limits if self._image is None else None

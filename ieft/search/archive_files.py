@@ -10,6 +10,7 @@ import stat
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 from urllib.request import url2pathname
 
 import numpy as np
@@ -278,13 +279,31 @@ def _walk(archive, unreadable):
                 yield Path(entry.path)
 
 
+class TilePlan(NamedTuple):
+    """How an image is cut.
+
+    Attributes:
+        windows: of its tiles; none if it is kept whole.
+        by_window: whether a part can be read without decoding the rest.
+    """
+
+    windows: list
+    by_window: bool = False
+
+
 def plan_tiles(file, tile, overlap, *, bands=None):
-    """The windows of the tiles of an image; none if it is kept whole, as without `tile`."""
+    """The `TilePlan` of an image; without `tile` it is kept whole."""
     if not tile:
-        return []
+        return TilePlan([])
     with Scene(open_file(file), bands=bands) as scene:
         windows = cut_windows(scene.width, scene.height, tile=tile, overlap=overlap)
-    return windows if len(windows) > 1 else []
+        return TilePlan(windows, scene.by_window) if len(windows) > 1 else TilePlan([])
+
+
+def find_limits(file, *, bands=None):
+    """The stretch range of all tiles of a scene, as `Scene` takes it."""
+    with Scene(open_file(file), bands=bands) as scene:
+        return scene.limits
 
 
 def read_whole(file, *, bands=None):
@@ -296,17 +315,22 @@ def read_whole(file, *, bands=None):
     return row | next(read_place_and_time(file)), picture
 
 
-def read_tiles(file, windows, *, bands=None):
-    """The index row and the image of each window, read one at a time."""
+def read_tiles(file, windows, *, bands=None, limits=None, warn=True):
+    """The index row and the image of each window, read one at a time.
+
+    Args:
+        limits: the stretch range, as from `find_limits`, which None finds here.
+        warn: whether to warn of a scene without a place, as for the first of its tiles.
+    """
     file = open_file(file, ahead=AHEAD)
     if windows:
-        with Scene(file, bands=bands) as scene:
-            for window, place in zip(windows, read_place_and_time(file, windows), strict=True):
+        with Scene(file, limits, bands=bands) as scene:
+            for window, place in zip(windows, read_place_and_time(file, windows, warn=warn), strict=True):
                 row = _describe_file(file, scene.width, scene.height, window) | {"limits": scene.limits}
                 yield row | place, scene.read(window)
 
 
-def read_place_and_time(file, windows=()):
+def read_place_and_time(file, windows=(), *, warn=True):
     """Yield the columns of place and time of each window of an image, or of the whole; empty if nothing is known.
 
     An image that GDAL cannot open has no place, which is warned of once.
@@ -315,7 +339,7 @@ def read_place_and_time(file, windows=()):
         file: a path, an address, or a `RemoteFile`.
     """
     file = open_file(file)
-    raster = _open_raster(file)
+    raster = _open_raster(file, warn)
     check_was_read(file)
     if raster is None:
         metadata = read_metadata(file)
@@ -325,19 +349,20 @@ def read_place_and_time(file, windows=()):
     with raster:
         of_scene = read_metadata(file, raster.dataset)
         check_was_read(file)
+        warned = file if warn else None  # once a scene
         for number, window in enumerate(windows or [Window(0, 0, raster.width, raster.height)]):
             stored = Window(*raster.as_stored(*window))
-            yield of_scene | locate(raster.dataset, stored, None if number else file)  # one warning a scene
+            yield of_scene | locate(raster.dataset, stored, None if number else warned)
 
 
-def _open_raster(file):
+def _open_raster(file, warn):
     """A `Raster` for a file of a format that may have a georeference, or None."""
     try:
         return Raster(file) if has_raster_driver(file, windows=True) else None
     except ImportError:
         _warn_without_rasterio(file)
     except Exception as error:  # GDAL's errors are of a private kind; the pixels are read elsewhere
-        warn_unplaced(file, error)
+        warn_unplaced(file if warn else None, error)
     return None
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
@@ -22,12 +23,15 @@ from transformers.utils import logging
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor
 from ieft.data.images import parse_bands, read_image
+from ieft.data.storage import is_address
+from ieft.evaluation.devices import DTYPES
 from ieft.search.archive_files import find_images, open_file, read_hits, root_of
 from ieft.search.catalogues import add_catalogue, is_catalogue, to_item_collection
 from ieft.search.explain import draw_heat_map, explain_pair
 from ieft.search.feature_cache import KINDS
 from ieft.search.filters import without_place_in_code
 from ieft.search.geography import to_geojson
+from ieft.search.read_ahead import THREADS, ReadAhead, default_workers
 
 SHEET_COLUMNS, THUMB, GAP, LABEL = 5, 192, 12, 20
 
@@ -96,6 +100,11 @@ def build_parser():
         help="of a STAC catalogue, a property that becomes a column, such as view:off_nadir; may be repeated",
     )
     _add_place_and_time(index, "of a STAC catalogue, only items")
+    index.add_argument(
+        "--num_workers",
+        type=int,
+        help="processes that read images, besides a thread; by default as many as leave one processor to the network",
+    )
     index.add_argument("--captions", help="a text file, one sentence per line, to be found by `query --image`")
     query = _add_command(commands, "query", query_index, "find images for a sentence, or images similar to an image")
     query.add_argument("caption", nargs="?", help="a sentence")
@@ -141,6 +150,13 @@ def _add_command(commands, name, function, text):
     command.set_defaults(command=function)
     command.add_argument("--model", required=True, help="folder or Hub id of a checkpoint with contrastive heads")
     command.add_argument("--index", required=True, help="a folder, or object storage such as s3://bucket/prefix")
+    command.add_argument("--device", default="auto", help="cuda, cuda:1, mps or cpu; by default the best there is")
+    command.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", *DTYPES),
+        help="of the matrix products; by default one of 16 bits where it is faster",
+    )
     return command
 
 
@@ -164,7 +180,7 @@ def open_index(args, **options):
         raise
     except Exception as error:  # safetensors and tokenizers raise their own errors
         raise ValueError(f"{args.model} cannot be loaded as a checkpoint: {type(error).__name__}: {error}") from error
-    return ImageIndex(args.index, model, processor=processor, **options)
+    return ImageIndex(args.index, model, processor=processor, device=args.device, dtype=args.dtype, **options)
 
 
 def index_archive(args):
@@ -188,14 +204,26 @@ def index_archive(args):
     files = find_images(args.archive, unreadable) if args.archive is not None and not catalogue else []
     captions = read_lines(args.captions) if args.captions else []
     root = root_of(args.archive) if files else None
-    index = open_index(args, create=True, states=args.states, root=root)
-    options = {"tile": args.tile, "overlap": args.overlap, "bands": bands}
-    report = add_catalogue(index, catalogue, **of_catalogue, **options) if catalogue else index.add(files, **options)
+    num_workers = default_workers() if args.num_workers is None else args.num_workers
+    if num_workers < 0:
+        raise ValueError(f"--num_workers from 0 expected; got {num_workers}.")
+    is_remote = catalogue is not None or any(map(is_address, files))
+    with ReadAhead(num_workers if files else 0, threads=THREADS if is_remote else 1) as reader:  # before other threads
+        index = open_index(args, create=True, states=args.states, root=root)
+        options = {"tile": args.tile, "overlap": args.overlap, "bands": bands}
+        options |= {"reader": reader, "progress": sys.stderr.isatty()}
+        start = time.perf_counter()
+        if catalogue:
+            report = add_catalogue(index, catalogue, **of_catalogue, **options)
+        else:
+            report = index.add(files, **options)
+        seconds = time.perf_counter() - start
     of_captions = index.add_captions(captions)
     index.optimize()
     if args.archive is not None:
         kind = "tiles" if args.tile else "images"
         print(f"{report['added']:,} added, {report['unchanged']:,} unchanged, {len(index):,} {kind} in {args.index}")
+        print(summarize(len(files), report, len(unreadable | report["unreadable"]), seconds))
     if args.captions:
         count = index.captions.count_rows()
         print(f"{of_captions['added']:,} added, {of_captions['unchanged']:,} unchanged, {count:,} captions")
@@ -203,6 +231,19 @@ def index_archive(args):
     for file, why in unreadable.items():
         print(f"not indexed: {file}: {why}", file=sys.stderr)
     return 1 if unreadable else 0
+
+
+def summarize(images, report, skipped, seconds):
+    """A line on how long indexing took; images that were skipped are named one by one elsewhere.
+
+    Args:
+        images: their number, or 0 where the catalogue told them.
+    """
+    rows = report["added"] + report["unchanged"]
+    counted = f"{images:,} images" if images else f"{rows:,} images or tiles"
+    of_rows = f" ({rows:,} rows)" if images and rows + skipped != images else ""
+    named = f", {skipped:,} not indexed, for the reasons below" if skipped else ""
+    return f"{counted}{of_rows} in {seconds:,.1f} s, {(images or rows) / seconds:,.1f} images/s{named}"
 
 
 def read_lines(file):

@@ -7,11 +7,12 @@ is. Outlines follow RFC 7946: counter-clockwise, cut at the antimeridian, longit
 import json
 import logging
 import math
+import os
 import re
 from datetime import datetime, timezone
 
 import numpy as np
-from PIL import ExifTags
+from PIL import ExifTags, Image
 
 from ieft.data.rasters import open_lazily
 
@@ -286,7 +287,8 @@ def read_metadata(file, dataset=None):
     tags, columns = {}, {}
     try:
         with open_lazily(file) as image:
-            exif = image.getexif()
+            # Pillow looks for metadata behind the pixels of a PNG by decoding these.
+            exif = image.getexif() if _has_late_metadata(image) else Image.Image.getexif(image)
             taken = exif.get_ifd(ExifTags.IFD.Exif)
             tags["TIFFTAG_DATETIME"] = exif.get(ExifTags.Base.DateTime)
             zone = str(taken.get(ExifTags.Base.OffsetTimeOriginal) or "").strip("\0 ")
@@ -301,6 +303,23 @@ def read_metadata(file, dataset=None):
                 tags |= {name.upper(): value for name, value in dataset.tags(ns=domain).items()}
     acquired = next((time for name in TIME_TAGS if (time := parse_time(tags.get(name)))), None)
     return columns | ({"acquired": acquired} if acquired else {})
+
+
+def _has_late_metadata(image):
+    """Whether a PNG that was opened has text or EXIF behind its pixels; True for any other format."""
+    if image.format != "PNG":
+        return True
+    stream, place, has_pixels = image.fp, image.fp.tell(), False
+    stream.seek(8)
+    while len(header := stream.read(8)) == 8 and header[4:] != b"IEND":
+        has_pixels |= header[4:] == b"IDAT"
+        if has_pixels and header[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            break
+        stream.seek(int.from_bytes(header[:4], "big") + 4, os.SEEK_CUR)
+    else:
+        return False
+    stream.seek(place)
+    return True
 
 
 def parse_time(text):

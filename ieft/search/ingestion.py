@@ -1,87 +1,289 @@
-"""Adding to an index: images are read, embedded and written in batches."""
+"""Adding to an index: images are read, embedded and written, each stage while the others are at work."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 
+import numpy as np
 import pyarrow as pa
 import torch
+from tqdm import tqdm
 
-from ieft.data.images import parse_bands
-from ieft.search.archive_files import digest_file, plan_tiles, read_place_and_time, read_tiles, read_whole
+from ieft.data.storage import is_address
+from ieft.search.archive_files import read_place_and_time
 from ieft.search.feature_cache import encode_state
 from ieft.search.filters import is_not_text
 from ieft.search.geography import PLACE_COLUMNS
+from ieft.search.read_ahead import (
+    DIED,
+    FILES_PER_TASK,
+    TASKS_AHEAD,
+    THREADS,
+    FileRead,
+    Job,
+    ReadAhead,
+    group_tiles,
+    read_all_tiles,
+    read_files,
+    read_some_tiles,
+    take_tiles,
+)
 from ieft.search.tables import KEY, any_of, retry
 from ieft.search.tiles import Window, cut_windows
 from processing_ieft import check_text
 
 ROWS_AT_ONCE = 64
 OVERLAP = 0.25
+BAR = "Indexing: {percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]"
 
 
-def add_images(index, files, *, tile, overlap, bands, batch_size):
+def add_images(index, files, *, tile, overlap, bands, batch_size, num_workers, reader, progress):
     """`ImageIndex.add`."""
     if overlap is not None and not tile:
         raise ValueError("overlap needs tile: it is the overlap of the tiles.")
     overlap = OVERLAP if overlap is None else overlap
     if tile:
         cut_windows(1, 1, tile=tile, overlap=overlap)  # raises errors before any work
-    files = {index.name_of(file): None for file in files}
     report = {"added": 0, "unchanged": 0, "unreadable": {}}
-    for name in [name for name in files if is_not_text(name)]:
+    names = list(dict.fromkeys(index.name_of(file) for file in files))
+    for name in filter(is_not_text, names):
         report["unreadable"][index.path_of(name)] = "its name is not UTF-8: rename it"
-        del files[name]
-    names = list(files)
-    files_at_once = 1 if tile else batch_size
-    for first in range(0, len(names), files_at_once):
-        stale, unplaced = [], []
-        batch_names = names[first : first + files_at_once]
-        rows = _read_missing(index, batch_names, tile, overlap, bands, report, stale, unplaced)
-        while batch := list(islice(rows, batch_size)):
-            _write(index, batch)
-            report["added"] += len(batch)
-        _add_places_and_times(index, unplaced)
-        if stale:  # after what takes its place, so that a kill loses nothing
-            retry(index.table.delete, " OR ".join(stale))
+    names = [name for name in names if not is_not_text(name)]
+    at_once = min(batch_size, FILES_PER_TASK) if tile else batch_size  # a scene may have thousands of rows
+    jobs = (
+        (_plan(index, name, rows, tile, overlap, bands), rows)
+        for first in range(0, len(names), at_once)
+        for name, rows in _look_up(index, names[first : first + at_once]).items()
+    )
+    with (
+        reader
+        or ReadAhead(
+            num_workers, threads=THREADS if any(is_address(index.path_of(name)) for name in names) else 1
+        ) as reader,
+        _Writer(index, batch_size, report) as writer,
+        _Bar(names, progress) as bar,
+    ):
+        for job, rows, found in _read_in_order(reader, jobs):
+            _add_file(job, rows, found, reader, writer, bar, report)
     return report
 
 
-def _read_missing(index, names, tile, overlap, bands, report, stale, unplaced):
-    """Rows without vectors, with images as the network reads them.
-
-    SQL for rows to delete is added to `stale`; unchanged rows without place and time to `unplaced`, except those
-    of PNG files, whose metadata may stand behind the pixels, which would all be decoded.
-    """
-    known, lacking = {name: set() for name in names}, {name: [] for name in names}
+def _look_up(index, names):
+    """The rows that the index holds of each file."""
     columns = ["content", "tiling", "bands", *KEY, "tile_width", "tile_height", "west", "left", "acquired"]
+    known = {name: [] for name in names}
     for row in index.select(any_of(names), columns):
-        made_of = row["content"], row["tiling"], row["bands"] or ""
-        known[row["file"]].add((*made_of, (row["col"], row["row"])))
-        if row["west"] is row["left"] is row["acquired"] is None and not row["file"].lower().endswith(".png"):
-            lacking[row["file"]].append((*made_of, row))
-    for name in names:
-        file = index.path_of(name)
-        try:
-            cut = (tile, overlap) if tile is not None else _cut_before(known[name])
-            chosen = ",".join(map(str, bands)) if bands else max((made_of[2] for made_of in known[name]), default="")
-            content, windows = digest_file(file), plan_tiles(file, *cut, bands=parse_bands(chosen or None))
-            tiling = "{} pixels, overlap {}".format(*cut) if windows else ""
-            there = {place for *made_of, place in known[name] if made_of == [content, tiling, chosen]}
-            report["unchanged"] += len(there)
-            unplaced += [row for *made_of, row in lacking[name] if made_of == [content, tiling, chosen]]
-            missing = [window for window in windows if window[:2] not in there]
-            options = {"bands": parse_bands(chosen or None)}
-            pictures = read_tiles(file, missing, **options) if windows else []
-            pictures = [read_whole(file, **options)] if not windows and not there else pictures
-            for row, picture in pictures:
-                square = index.processor.image_processor.fit_square(picture)
-                yield row | {"file": name, "content": content, "tiling": tiling, "bands": chosen or None}, square
-            if len(known[name]) > len(there):
-                differs = f"content != '{content}' OR tiling != '{tiling}' OR coalesce(bands, '') != '{chosen}'"
-                stale.append(f"({any_of([name])} AND ({differs}))")
-        except (OSError, ValueError) as error:
-            before = " (what was indexed of it before is kept)" if known[name] else ""
-            report["unreadable"][file] = f"{error}{before}"
+        known[row["file"]].append(row)
+    return known
+
+
+def _plan(index, name, rows, tile, overlap, bands):
+    known = frozenset((*_made_of(row), (row["col"], row["row"])) for row in rows)
+    cut = (tile, overlap) if tile is not None else _cut_before(known)
+    chosen = ",".join(map(str, bands)) if bands else max((made_of[2] for made_of in known), default="")
+    images = index.processor.image_processor
+    return Job(name, index.path_of(name), *cut, chosen, known, images.image_size, images.fit)
+
+
+def _made_of(row):
+    return row["content"], row["tiling"], row["bands"] or ""
+
+
+def _cut_before(known):
+    """Tile and overlap with which a file was indexed; (None, 0) if it is whole or new."""
+    found = [re.fullmatch(r"(\d+) pixels, overlap (\S+)", tiling) for _, tiling, *_ in sorted(known)]
+    tile, overlap = next((match.groups() for match in found if match), (None, 0))
+    return (int(tile), float(overlap)) if tile else (None, 0)
+
+
+def _read_in_order(reader, jobs):
+    """Yield each job, the rows that the index holds of its file, and the `FileRead`."""
+    waiting = []
+
+    def tasks():
+        while group := list(islice(jobs, FILES_PER_TASK)):
+            waiting.append(group)
+            yield ([job for job, _ in group],)
+
+    for found in reader.map(read_files, tasks(), TASKS_AHEAD):
+        group = waiting.pop(0)
+        if isinstance(found, BrokenProcessPool):  # one of its files ends whatever reads it
+            found = [_read_alone(reader, job) for job, _ in group]
+        for (job, rows), of_file in zip(group, found, strict=True):
+            yield job, rows, of_file
+
+
+def _read_alone(reader, job):
+    found = reader.run_alone(read_files, ([job],))
+    return FileRead(error=f"{job.file}: {DIED}") if isinstance(found, BrokenProcessPool) else found[0]
+
+
+def _add_file(job, rows, found, reader, writer, bar, report):
+    """Hand on what was read of a file, and what is read of it now, to be embedded and written."""
+    report["unchanged"] += len(found.unchanged)
+    made_of, error = (found.content, found.tiling, job.bands), None
+    constant = {"file": job.name, "content": found.content, "tiling": found.tiling, "bands": job.bands or None}
+    count = len(found.later) or len(found.rows)
+    for some, error in _parts(job, found, reader):
+        for row, square in some:
+            writer.add(row | constant, square)
+        bar.add_tiles(len(some), count)
+        if error:
+            break
+    bar.end_file()
+    writer.then(
+        [row for row in rows if _made_of(row) == made_of and _lacks_place(row)],
+        _others(job.name, *made_of) if not error and len(rows) > len(found.unchanged) else None,
+    )
+    if error:
+        report["unreadable"][job.file] = error + (" (what was indexed of it before is kept)" if rows else "")
+
+
+def _parts(job, found, reader):
+    """Rows of a file, some at a time, and with each the error that ended them, or None."""
+    if not found.later:
+        yield found.rows, found.error
+    elif found.by_window:
+        tasks = (
+            (job, windows, found.limits, number == 0) for number, windows in enumerate(group_tiles(job, found.later))
+        )
+        for part in reader.map(read_some_tiles, tasks):
+            yield ((), f"{job.file}: {DIED}") if isinstance(part, BrokenProcessPool) else part
+    else:  # what is decoded whole is so once, here
+        tiles = read_all_tiles(job, found.later, found.limits)
+        while any(part := take_tiles(tiles, ROWS_AT_ONCE)):
+            yield part
+
+
+def _lacks_place(row):
+    """Whether a row has no place and time, and its file may tell them at little cost.
+
+    Those of a PNG may stand behind the pixels, all of which would be decoded.
+    """
+    return row["west"] is row["left"] is row["acquired"] is None and not row["file"].lower().endswith(".png")
+
+
+def _others(name, content, tiling, bands):
+    """An SQL condition: the rows of a file that are of another content, or were cut or read otherwise."""
+    differs = f"content != '{content}' OR tiling != '{tiling}' OR coalesce(bands, '') != '{bands}'"
+    return f"({any_of([name])} AND ({differs}))"
+
+
+class _Bar:
+    """A progress bar in images, of a scene in its tiles: as a context manager."""
+
+    def __init__(self, names, progress):
+        self.count, self.images, self.tiles = len(names), 0, 0
+        self._bar = tqdm(total=self.count, bar_format=BAR, disable=not progress)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._bar.close()
+
+    def add_tiles(self, tiles, of_all):
+        """Some of the tiles of an image, which may be the whole image."""
+        self.tiles += tiles
+        self._show(self.images + tiles / max(1, of_all))
+
+    def end_file(self):
+        self.images += 1
+        self._show(self.images)
+
+    def _show(self, images):
+        of_all = f"{self.images:,} of {self.count:,} images, {self.tiles:,} tiles"
+        self._bar.set_description_str(of_all, refresh=False)
+        self._bar.update(images - self._bar.n)
+
+
+class _Writer:
+    """Embeds rows, and writes them in a thread, a batch in a transaction, while the next is embedded.
+
+    As a context manager, which waits for the last one.
+    """
+
+    def __init__(self, index, batch_size, report):
+        self.index, self.batch_size, self.report = index, batch_size, report
+        self._thread, self._writing = ThreadPoolExecutor(1), None
+        self._start_batch()
+
+    def _start_batch(self):
+        self._rows, self._squares, self._unplaced, self._stale = [], [], [], []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *error):
+        with self._thread:
+            if kind is None:
+                self._flush()
+                self._wait()
+
+    def add(self, row, square):
+        """A row without its vector, and the image of it: uint8 (side, side, 3)."""
+        self._rows.append(row)
+        self._squares.append(square)
+        self._flush_if_full()
+
+    def then(self, unplaced, stale):
+        """What is to be done when all rows before are written, so that a kill loses nothing.
+
+        Args:
+            unplaced: rows of the index to add places and times to.
+            stale: an SQL condition for rows to delete, or None.
+        """
+        self._unplaced += unplaced
+        self._stale += [stale] if stale else []
+        self._flush_if_full()
+
+    def _flush_if_full(self):
+        if max(map(len, (self._rows, self._unplaced, self._stale))) >= self.batch_size:
+            self._flush()
+
+    def _flush(self):
+        columns = embed(self.index, self._squares) if self._rows else []
+        rows = [row | of_row for row, of_row in zip(self._rows, columns, strict=True)]
+        self._wait()
+        self._writing = self._thread.submit(self._write, rows, self._unplaced, self._stale)
+        self._start_batch()
+
+    def _wait(self):
+        if self._writing is not None:
+            self._writing.result()
+
+    def _write(self, rows, unplaced, stale):
+        if rows:
+            write(self.index, rows)
+            self.report["added"] += len(rows)
+        _add_places_and_times(self.index, unplaced)
+        if stale:
+            retry(self.index.table.delete, " OR ".join(stale))
+
+
+def embed(index, squares):
+    """The columns of images, uint8 (side, side, 3), that the network computes: `vector`, and `state` if kept."""
+    pixels = index.to_pixels(np.stack(squares))
+    if not index.states:
+        return [{"vector": vector} for vector in index.embed_pixels(pixels)]
+    with index.network() as network:
+        states = network.read_images(pixels)
+        vectors = unit_vectors(network.get_image_features(image_states=states))
+    encoded = [encode_state(state, index.states) for state in states]
+    return [{"vector": vector, "state": state} for vector, state in zip(vectors, encoded, strict=True)]
+
+
+def unit_vectors(features):
+    """(N, E) of any type and device -> float32, of length 1 but for rounding, which 16 bits would not hold."""
+    features = features.float().cpu()
+    return torch.nn.functional.normalize(features, dim=-1).numpy()
+
+
+def write(index, rows):
+    """Insert rows, or replace those of the same key, in one transaction."""
+    merge = index.table.merge_insert(KEY).when_matched_update_all().when_not_matched_insert_all()
+    retry(merge.execute, pa.Table.from_pylist(rows, schema=index.table.schema))
 
 
 def _add_places_and_times(index, rows):
@@ -100,30 +302,6 @@ def _add_places_and_times(index, rows):
             empty = dict.fromkeys([*PLACE_COLUMNS, "acquired"])
             keys = ({name: row[name] for name in KEY} for row in rows)
             index.update([key | empty | columns for key, columns in zip(keys, found, strict=True)])
-
-
-def _write(index, batch):
-    squares = [square for _, square in batch]
-    made = _read_states(index, squares) if index.states else [{"vector": each} for each in index.embed_images(squares)]
-    rows = [row | columns for (row, _), columns in zip(batch, made, strict=True)]
-    merge = index.table.merge_insert(KEY).when_matched_update_all().when_not_matched_insert_all()
-    retry(merge.execute, pa.Table.from_pylist(rows, schema=index.table.schema))  # one transaction
-
-
-@torch.no_grad()
-def _read_states(index, images):
-    """The embedding and the encoded features of each image, computed in one pass."""
-    states = index.model.read_images(index.processor(images=images)["pixel_values"].to(index.model.device))
-    vectors = index.model.get_image_features(image_states=states).float().cpu().numpy()
-    encoded = [encode_state(state, index.states) for state in states]
-    return [{"vector": vector, "state": state} for vector, state in zip(vectors, encoded, strict=True)]
-
-
-def _cut_before(known):
-    """Tile and overlap with which a file was indexed; (None, 0) if it is whole or new."""
-    found = [re.fullmatch(r"(\d+) pixels, overlap (\S+)", tiling) for _, tiling, *_ in sorted(known)]
-    tile, overlap = next((match.groups() for match in found if match), (None, 0))
-    return (int(tile), float(overlap)) if tile else (None, 0)
 
 
 def add_captions(index, captions, *, batch_size):
