@@ -193,8 +193,8 @@ def rank_candidates(
         list: `{"image" or "caption": as given, "score": any real number, "rank": from 1}`.
 
     Raises:
-        ValueError: without candidates, for several queries, for `top_k` below 1, or where captions meet captions or
-            images meet images.
+        ValueError: without candidates, for several queries, for `top_k` below 1, where captions meet captions or
+            images meet images, or for scores that are not finite.
     """
     if isinstance(query, list | tuple | dict | set):
         raise ValueError(f"One image or caption expected as the query; got a {type(query).__name__} of {len(query)}.")
@@ -212,8 +212,18 @@ def rank_candidates(
     score = _score_captions if kind == "caption" else _score_images
     with evaluation_mode(model), torch.no_grad():
         scores = score(model, processor, query, list(candidates), candidates_at_once).float()
+    check_finite(scores, "matching scores")
     best = scores.argsort(descending=True, stable=True)[:top_k].tolist()
     return [{kind: candidates[row], "score": scores[row].item(), "rank": rank} for rank, row in enumerate(best, 1)]
+
+
+def check_finite(values: torch.Tensor, name: str) -> None:
+    """Raise a ValueError if a network gave a number that is not finite, which no order can be made of."""
+    if not torch.isfinite(values).all():
+        raise ValueError(
+            f"The {name} of the network are not all finite numbers: its weights contain NaN or infinity, or "
+            "half precision overflows. Load a checkpoint that is whole, or compute in float32."
+        )
 
 
 def _kind_of(query, candidates):
@@ -265,4 +275,4 @@ def _pixels(model, processor, images):
     return processor(images=images)["pixel_values"].to(model.device)  # (I, 3, image_size, image_size)
 
 
-__all__ = ["RankingMixin", "evaluation_mode", "find_model_card", "find_processor", "rank_candidates"]
+__all__ = ["RankingMixin", "check_finite", "evaluation_mode", "find_model_card", "find_processor", "rank_candidates"]

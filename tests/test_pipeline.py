@@ -114,6 +114,14 @@ def test_what_cannot_be_ranked_says_why(model, query, candidates, options, messa
         model.rank(query, candidates, **options)
 
 
+def test_weights_that_are_no_numbers_rank_nothing(saved):
+    folder, images = saved
+    broken = IeftForImageTextRetrieval.from_pretrained(folder)
+    broken.get_input_embeddings().weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not all finite numbers: its weights contain NaN"):
+        broken.rank(images[0], CAPTIONS[:4])
+
+
 def test_several_queries_give_a_ranking_each(saved, model):
     retrieval = pipeline("image-text-retrieval", model=str(saved[0]), trust_remote_code=True)
     paths = [str(path) for path in saved[1]]

@@ -355,6 +355,15 @@ dist.destroy_process_group()
 PAIRS = [(4, 0), (0, 10), (4, 3), (2, 2), (0, 1), (4, 0)]
 
 
+def test_weights_that_are_no_numbers_give_no_order():
+    model, (images, captions) = make_model(), make_sides()
+    next(model.parameters()).data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="matching scores of the network are not all finite"):
+        score_matrix(model, images, captions, progress=False)
+    with pytest.raises(ValueError, match="matching scores of the network are not all finite"):
+        score_pairs(model, images, captions, PAIRS, progress=False)
+
+
 def run_environment():
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 

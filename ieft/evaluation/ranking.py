@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ieft.cpu.prepacked import can_prepack, forget, memory_kept, multiplies_bfloat16, prepack_once
-from ranking_ieft import evaluation_mode
+from ranking_ieft import check_finite, evaluation_mode
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def score_matrix(
         ndarray: (I, C) float32.
 
     Raises:
-        ValueError: for a caption without tokens.
+        ValueError: for a caption without tokens, and for scores that are not finite.
     """
     distinct, column_of = _distinct(captions)
     width = len(distinct)
@@ -212,6 +212,7 @@ def _score_tile(model, pixels, captions, rows, columns, batch_tokens):
     score_batches = _score_groups if model.config.joins_last else _score_alike
     for places, of_places in score_batches(model, images, captions, rows, columns, batch_tokens):
         scores[torch.from_numpy(places).to(model.device)] = of_places.float()
+    check_finite(scores, "matching scores")
     return scores.cpu().numpy()
 
 
