@@ -1,6 +1,7 @@
 """An index in use: several writers, readers, files that go, archives that move, tables of the version before."""
 
 import codecs
+import io
 import json
 import os
 import random
@@ -468,6 +469,24 @@ def test_folders_and_links_that_lead_nowhere_are_named(as_nobody, loaded, archiv
         assert len(list(walk_files(there))) == NUM_IMAGES // 2
     assert sorted(unreadable) == [str(there / "deep"), str(there / "gone.png")]
     assert f"{there / 'deep'} cannot be searched for files: Permission denied" in caplog.text
+
+
+def test_a_link_to_itself_is_named_and_the_rest_is_found(archive):
+    (archive / "itself.png").symlink_to("itself.png")
+    unreadable = {}
+    assert len(find_images(archive, unreadable)) == NUM_IMAGES
+    assert list(unreadable) == [str(archive / "itself.png")]
+
+
+def test_a_name_that_the_terminal_cannot_show_loses_no_hit(tmp_path, checkpoint, loaded, archive, monkeypatch):
+    (archive / "it's 00.png").rename(archive / "日本.png")
+    ImageIndex(tmp_path / "index", loaded[0], processor=loaded[1], create=True).add(find_images(archive))
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", printed)
+    options = ["--model", str(checkpoint), "--index", str(tmp_path / "index"), "--top_k", str(NUM_IMAGES)]
+    assert main(["query", CAPTIONS[0], *options]) == 0
+    printed.flush()
+    assert rb"\u65e5\u672c.png" in printed.buffer.getvalue()
 
 
 def test_an_index_that_cannot_be_written_is_searched_all_the_same(as_nobody, loaded, archive):

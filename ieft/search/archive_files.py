@@ -273,7 +273,14 @@ def _walk(archive, unreadable):
             unreadable[folder] = f"this folder cannot be searched: {error.strerror}"
             continue
         for entry in entries:
-            if entry.is_dir():
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:  # a link to itself
+                if unreadable is None:
+                    raise
+                unreadable[entry.path] = f"this link cannot be followed: {error.strerror}"
+                continue
+            if is_folder:
                 (links if entry.is_symlink() else folders).append(entry.path)
             elif not entry.name.startswith(NO_IMAGES) and NO_FOLDER not in Path(folder).parts:
                 yield Path(entry.path)

@@ -38,6 +38,8 @@ SHEET_COLUMNS, THUMB, GAP, LABEL = 5, 192, 12, 20
 
 def main(arguments=None):
     args = build_parser().parse_args(arguments)
+    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show loses no hit
+        sys.stdout.reconfigure(errors="backslashreplace")
     hide_loading_bar()
     try:
         code = args.command(args)
