@@ -302,6 +302,19 @@ def test_a_bucket_is_indexed_and_searched_by_the_command(s3, bucket, tmp_path, c
     assert f"{bucket}/archive/3.tif" in capsys.readouterr().out
 
 
+def test_missing_credentials_are_no_lost_connection(s3, bucket, monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    type(s3).clear_instance_cache()
+    with pytest.raises(PermissionError, match="without credentials.*AWS_NO_SIGN_REQUEST=YES"):
+        find_images(f"{bucket}/archive")
+    monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "YES")
+    assert len(find_images(f"{bucket}/archive")) == 6  # this server allows it
+    type(s3).clear_instance_cache()
+
+
 def test_gdal_s_names_of_credentials_are_taken(monkeypatch):
     monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "YES")
     monkeypatch.setenv("AWS_S3_ENDPOINT", "127.0.0.1:9000")

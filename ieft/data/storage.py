@@ -500,6 +500,9 @@ def _true_errors(address):
         reason = f"{type(cause).__name__}: {cause}"
         if status in (404, 410) or isinstance(error, FileNotFoundError) and (cause is error or not _is_http(address)):
             raise FileNotFoundError(f"{address} does not exist.") from error
+        if "Credential" in type(cause).__name__:
+            hint = "; a public bucket needs AWS_NO_SIGN_REQUEST=YES" if address.startswith("s3") else ""
+            raise PermissionError(f"{address} may not be read without credentials: {cause}{hint}") from error
         if status in (401, 403):
             raise PermissionError(f"{address} may not be read: {reason}") from error
         if status is not None and status < 500 and status not in (408, 429):
