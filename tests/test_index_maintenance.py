@@ -478,6 +478,15 @@ def test_a_link_to_itself_is_named_and_the_rest_is_found(archive):
     assert list(unreadable) == [str(archive / "itself.png")]
 
 
+def test_weights_that_are_no_numbers_index_nothing(tmp_path, checkpoint, archive):
+    model = IeftForImageTextRetrieval.from_pretrained(checkpoint)
+    model.vilt.embeddings.cls_token.data.fill_(torch.nan)
+    index = open_rooted(tmp_path, (model, IeftProcessor.from_pretrained(checkpoint)), archive)
+    with pytest.raises(ValueError, match="The embeddings of the network are not all finite numbers"):
+        index.add(find_images(archive))
+    assert len(index) == 0
+
+
 def test_a_name_that_the_terminal_cannot_show_loses_no_hit(tmp_path, checkpoint, loaded, archive, monkeypatch):
     (archive / "it's 00.png").rename(archive / "日本.png")
     ImageIndex(tmp_path / "index", loaded[0], processor=loaded[1], create=True).add(find_images(archive))

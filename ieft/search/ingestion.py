@@ -32,6 +32,7 @@ from ieft.search.read_ahead import (
 from ieft.search.tables import KEY, any_of, retry
 from ieft.search.tiles import Window, cut_windows
 from processing_ieft import check_text
+from ranking_ieft import check_finite
 
 ROWS_AT_ONCE = 64
 OVERLAP = 0.25
@@ -276,6 +277,7 @@ def embed(index, squares):
 
 def unit_vectors(features):
     """(N, E) of any type and device -> float32, of length 1 but for rounding, which 16 bits would not hold."""
+    check_finite(features, "embeddings")
     features = features.float().cpu()
     return torch.nn.functional.normalize(features, dim=-1).numpy()
 
