@@ -1,6 +1,10 @@
 """Tests of the command `ieft-search`, run as users run it, and of its output formats."""
 
 import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +14,11 @@ pytest.importorskip("lancedb", reason="the vector store, extra `search`, is not 
 
 from test_index import CAPTIONS, NUM_IMAGES, archive, checkpoint  # noqa: E402, F401
 
+import ieft  # noqa: E402
 from ieft.data.images import read_image  # noqa: E402
 from ieft.search.archive_files import read_hit  # noqa: E402
 from ieft.search.command import draw_sheet, hit_table, main  # noqa: E402
+from processing_ieft import IeftProcessor  # noqa: E402
 
 
 @pytest.fixture
@@ -119,3 +125,36 @@ def test_bands_are_asked_for_and_remembered(run, tmp_path, tile):
     assert f"{count} added" in run("index", scene, *tile, "--bands", "1")[1].out
     with pytest.raises(SystemExit, match="Bands are one number or three"):
         run("index", scene, "--bands", "1,2")
+
+
+def test_a_caption_enters_each_package_once(run, checkpoint, archive):  # noqa: F811
+    """From the command to the table."""
+    run("index", archive)
+    root, entries = str(Path(ieft.__file__).parent), Counter()
+
+    def package_of(frame):
+        file = frame.f_code.co_filename
+        return file.removeprefix(root).split(os.sep)[1] if file.startswith(root) else None
+
+    def holds_caption(value):
+        return value == CAPTIONS[0] if isinstance(value, str) else isinstance(value, list) and value == token_ids
+
+    def note(frame, event, _):
+        if event != "call" or (package := package_of(frame)) is None:
+            return
+        caller = frame.f_back
+        while caller and package_of(caller) is None:
+            caller = caller.f_back
+        if not (caller and package_of(caller) == package):
+            entries[package] += any(map(holds_caption, list(frame.f_locals.values())))
+
+    token_ids = IeftProcessor.from_pretrained(checkpoint)(text=[CAPTIONS[0]])["input_ids"].tolist()
+    sys.setprofile(note)
+    try:
+        table = run("query", CAPTIONS[0], "--top_k", 3)[1].out
+    finally:
+        sys.setprofile(None)
+    assert table.count("re-ranked") == 3
+    assert entries.pop("search") <= 1 and {name: count for name, count in entries.items() if count} == {
+        "evaluation": 1
+    }

@@ -532,9 +532,7 @@ class ImageIndex:
 
     def embed_captions(self, captions):
         """Sentences -> unit vectors (C, E)."""
-        tokens = self.processor(text=captions).to(self.model.device)
-        with self.network() as network:
-            return unit_vectors(network.get_text_features(tokens["input_ids"], tokens["attention_mask"]))
+        return self._embed_tokens(self.processor(text=captions))
 
     def embed_caption(self, caption):
         """A sentence -> a unit vector (E,).
@@ -542,9 +540,17 @@ class ImageIndex:
         Raises:
             ValueError: for an empty one.
         """
+        return self._embed_tokens(self._tokenize(caption))[0]
+
+    def _tokenize(self, caption):
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError("A caption to look for expected; got an empty one.")
-        return self.embed_captions([caption])[0]
+        return self.processor(text=[caption])
+
+    def _embed_tokens(self, tokens):
+        tokens = tokens.to(self.model.device)
+        with self.network() as network:
+            return unit_vectors(network.get_text_features(tokens["input_ids"], tokens["attention_mask"]))
 
     def shortlist(self, vector, top_k=32, *, where=None, bbox=None, datetime=None):
         """The `top_k` nearest images or tiles, best first.
@@ -629,7 +635,8 @@ class ImageIndex:
         where = write_where(where, bbox, datetime)
         seconds, unusable = {}, {}
         with _clock(seconds, "embed"):
-            vector = self.embed_caption(caption)
+            tokens = self._tokenize(caption)
+            vector = self._embed_tokens(tokens)[0]
         kept = ["state"] if rerank_top_k and self.states else []
         scores = None
         while scores is None:
@@ -638,7 +645,7 @@ class ImageIndex:
                 nearest = self._shortlist(vector, max(top_k, rerank_top_k), columns, where, unusable)
                 states = [hit.pop("state") for hit in nearest if kept]
             with _clock(seconds, "re-rank"):
-                scores = self._score_images(caption, nearest[:rerank_top_k], states[:rerank_top_k], unusable)
+                scores = self._score_images(tokens, nearest[:rerank_top_k], states[:rerank_top_k], unusable)
         if rerank_top_k:
             nearest = _rerank(scores, nearest, similarity_weight * self.model.similarity_scale().item())
         else:
@@ -674,15 +681,15 @@ class ImageIndex:
                 nearest = _rerank(scores, nearest, similarity_weight * self.model.similarity_scale().item())
         return Hits(_ranked(nearest)[:top_k], seconds)
 
-    def _score_images(self, caption, hits, states, unusable):
-        """Matching scores of hits; None if some cannot be read, which are then added to `unusable`."""
+    def _score_images(self, tokens, hits, states, unusable):
+        """Scores of hits with one caption; None if some cannot be read, which are then added to `unusable`."""
         if not hits:
             return []
-        tokens = self.processor(text=[caption])["input_ids"].tolist()
         images = [decode_state(state) for state in states] or HitImages(hits, self.processor)
         pairs = [(row, 0) for row in range(len(hits))]
         try:
-            return score_pairs(self.model, images, tokens, pairs, dtype=self.dtype, progress=False)
+            captions = tokens["input_ids"].tolist()
+            return score_pairs(self.model, images, captions, pairs, dtype=self.dtype, progress=False)
         except UnreadableHit as error:
             if isinstance(error.__cause__, ConnectionError):  # others cannot be read either
                 raise error.__cause__ from error
