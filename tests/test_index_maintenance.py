@@ -103,7 +103,8 @@ def test_two_transactions_that_insert_one_key_leave_one_row(tmp_path, loaded, ar
     for each in (first, second):
         jobs = [_plan(each, name, rows, 0, 0.25, None) for name, rows in _look_up(each, names).items()]
         found = [row for of_file in read_files(jobs) for row in of_file.rows]
-        vectors = embed(each, [square for _, square in found])
+        with each.network() as network:
+            vectors = embed(each, network, np.stack([square for _, square in found]))
         named = [
             row | {"file": job.name, "content": "", "tiling": ""} for (row, _), job in zip(found, jobs, strict=True)
         ]

@@ -57,12 +57,11 @@ def add_images(index, files, *, tile, overlap, bands, batch_size, num_workers, r
         for first in range(0, len(names), at_once)
         for name, rows in _look_up(index, names[first : first + at_once]).items()
     )
+    threads = THREADS if any(is_address(index.path_of(name)) for name in names) else 1
     with (
-        reader
-        or ReadAhead(
-            num_workers, threads=THREADS if any(is_address(index.path_of(name)) for name in names) else 1
-        ) as reader,
-        _Writer(index, batch_size, report) as writer,
+        reader or ReadAhead(num_workers, threads=threads) as reader,
+        index.network() as network,
+        _Writer(index, network, batch_size, report) as writer,
         _Bar(names, progress) as bar,
     ):
         for job, rows, found in _read_in_order(reader, jobs):
@@ -205,9 +204,13 @@ class _Writer:
     As a context manager, which waits for the last one.
     """
 
-    def __init__(self, index, batch_size, report):
-        self.index, self.batch_size, self.report = index, batch_size, report
+    def __init__(self, index, network, batch_size, report):
+        self.index, self.network, self.batch_size, self.report = index, network, batch_size, report
         self._thread, self._writing = ThreadPoolExecutor(1), None
+        self._all_threads = torch.get_num_threads()
+        self._num_threads = self._all_threads if index.model.device.type == "cpu" else 1
+        self._computing = ThreadPoolExecutor(self._num_threads)
+        torch.set_num_threads(max(1, self._all_threads // self._num_threads))
         self._start_batch()
 
     def _start_batch(self):
@@ -217,10 +220,13 @@ class _Writer:
         return self
 
     def __exit__(self, kind, *error):
-        with self._thread:
-            if kind is None:
-                self._flush()
-                self._wait()
+        try:
+            with self._thread, self._computing:
+                if kind is None:
+                    self._flush()
+                    self._wait()
+        finally:
+            torch.set_num_threads(self._all_threads)
 
     def add(self, row, square):
         """A row without its vector, and the image of it: uint8 (side, side, 3)."""
@@ -244,11 +250,24 @@ class _Writer:
             self._flush()
 
     def _flush(self):
-        columns = embed(self.index, self._squares) if self._rows else []
+        columns = self._embed() if self._rows else []
         rows = [row | of_row for row, of_row in zip(self._rows, columns, strict=True)]
         self._wait()
         self._writing = self._thread.submit(self._write, rows, self._unplaced, self._stale)
         self._start_batch()
+
+    def _embed(self):
+        """The columns of the batch, on a CPU a part of it in each thread.
+
+        One thread computes each part: threads that share each step of the network wait for each other actively, and
+        take the processors from the workers.
+        """
+        parts = np.array_split(np.stack(self._squares), min(self._num_threads, len(self._squares)))
+        return [row for rows in self._computing.map(self._embed_part, parts) for row in rows]
+
+    @torch.no_grad()
+    def _embed_part(self, squares):
+        return embed(self.index, self.network, squares)
 
     def _wait(self):
         if self._writing is not None:
@@ -263,14 +282,18 @@ class _Writer:
             retry(self.index.table.delete, " OR ".join(stale))
 
 
-def embed(index, squares):
-    """The columns of images, uint8 (side, side, 3), that the network computes: `vector`, and `state` if kept."""
-    pixels = index.to_pixels(np.stack(squares))
+def embed(index, network, squares):
+    """The columns of images that the network computes: `vector`, and `state` if the index keeps it.
+
+    Args:
+        network: as from `index.network()`.
+        squares: uint8 (I, side, side, 3).
+    """
+    pixels = index.to_pixels(squares)
     if not index.states:
-        return [{"vector": vector} for vector in index.embed_pixels(pixels)]
-    with index.network() as network:
-        states = network.read_images(pixels)
-        vectors = unit_vectors(network.get_image_features(image_states=states))
+        return [{"vector": vector} for vector in unit_vectors(network.get_image_features(pixels))]
+    states = network.read_images(pixels)
+    vectors = unit_vectors(network.get_image_features(image_states=states))
     encoded = [encode_state(state, index.states) for state in states]
     return [{"vector": vector, "state": state} for vector, state in zip(vectors, encoded, strict=True)]
 
