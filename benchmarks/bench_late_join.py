@@ -113,7 +113,7 @@ def measure_speed(args):
         result |= count_operations(model, pixels)
         state = model.read_images(pixels)[0]
         result |= {f"bytes_{kind}": len(encode_state(state, kind)) for kind in KINDS}
-        with ranking._inference(model, None) as network:  # oneDNN-prepacked weights, in float32
+        with ranking.inference_network(model, None) as network:  # oneDNN-prepacked weights, in float32
             add_result(args.results, result | time_pairs(network, state, args.seconds))
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from ieft.cpu.prepacked import multiplies_bfloat16
-from ieft.evaluation.ranking import _choose_dtype
+from ieft.evaluation.ranking import supported_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,5 +55,5 @@ def choose_dtype(model, name="auto"):
         raise ValueError(f"A type expected, one of auto, {', '.join(DTYPES)}; got {name!r}.")
     if dtype == torch.float16 and kind == "cpu":
         raise ValueError("float16 is slower than float32 on a CPU: choose bfloat16, float32 or auto.")
-    dtype = _choose_dtype(model, dtype)
+    dtype = supported_dtype(model, dtype)
     return None if dtype == model.dtype else dtype

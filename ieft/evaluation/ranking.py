@@ -154,7 +154,7 @@ def _score(model, images, captions, starts, pairs_of, title, *, dtype, batch_tok
     Returns:
         ndarray: (N,) float32.
     """
-    dtype = _choose_dtype(model, dtype)
+    dtype = supported_dtype(model, dtype)
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     scores = np.zeros(starts[-1], dtype=np.float32)
     on_gpu = model.device.type != "cpu"
@@ -162,7 +162,7 @@ def _score(model, images, captions, starts, pairs_of, title, *, dtype, batch_tok
     tiles = _cut_tiles(starts, TILE_PAIRS_ON_GPU if on_gpu else TILE_PAIRS)
     mine = tiles[rank::processes]
     bar = tqdm(total=len(scores), desc=title or None, unit=" pairs", disable=not title or rank > 0)
-    with _inference(model, dtype) as network, bar:
+    with inference_network(model, dtype) as network, bar:
         cache = score_cache and _ScoreCache(score_cache, model, [str(dtype), batch_tokens, network is model])
         loader = _read_images(images, [np.unique(pairs_of(*tile)[0]) for tile in mine], num_workers)
         prepared_captions = _PreparedCaptions(network, captions)
@@ -177,7 +177,7 @@ def _score(model, images, captions, starts, pairs_of, title, *, dtype, batch_tok
     return _sum_over_processes(scores, model.device) if processes > 1 else scores
 
 
-def _choose_dtype(model, dtype):
+def supported_dtype(model, dtype):
     """The type asked for, but float32 on a CPU that has no instructions for bfloat16."""
     if dtype == torch.bfloat16 and model.device.type == "cpu" and not multiplies_bfloat16():
         logger.warning("This CPU has no instructions for bfloat16, which would take longer: ranking in float32.")
@@ -349,7 +349,7 @@ def _sum_over_processes(scores, device):
 
 
 @contextmanager
-def _inference(model, dtype):
+def inference_network(model, dtype):
     """The network to compute with, in evaluation mode and without gradients; the model is restored afterwards."""
     with torch.no_grad():
         if can_prepack(model, dtype):

@@ -33,7 +33,7 @@ except ImportError as error:
 
 from ieft.data.storage import is_address
 from ieft.evaluation.devices import choose_device, choose_dtype
-from ieft.evaluation.ranking import _inference, fingerprint, score_pairs
+from ieft.evaluation.ranking import fingerprint, inference_network, score_pairs
 from ieft.search.archive_files import (
     HitImages,
     UnreadableHit,
@@ -510,7 +510,7 @@ class ImageIndex:
 
     def network(self):
         """Context manager: the network to compute with, without gradients, in the chosen type."""
-        return _inference(self.model, self.dtype)
+        return inference_network(self.model, self.dtype)
 
     def to_pixels(self, squares):
         """uint8 (I, image_size, image_size, 3) -> (I, 3, image_size, image_size) as the network takes them."""
