@@ -241,8 +241,8 @@ class _Blocks:
 
 
 _kept = _Blocks()
-_listed = {}  # address -> state that was told when it was listed, until the file is opened
-_told = OrderedDict()  # address -> (state, when it was told), of the last files
+_listed: dict[str, tuple] = {}  # address -> state that was told when it was listed, until the file is opened
+_told: OrderedDict[str, tuple] = OrderedDict()  # address -> (state, when it was told), of the last files
 if hasattr(os, "register_at_fork"):  # a thread of the parent may hold the lock
     os.register_at_fork(after_in_child=_kept.forget)
 

@@ -225,7 +225,7 @@ class SearchPage:
         file = gradio.processing_utils.save_bytes_to_cache(text.encode(), "hits.geojson", self.geojson.GRADIO_CACHE)
         return gr.DownloadButton("Download as GeoJSON", value=file, interactive=True)
 
-    def explain(self, query, hits, event: gr.SelectData):
+    def explain(self, query: str | None, hits: list | None, event: gr.SelectData) -> dict:
         """Show the selected hit, with the heat map of the sentence if there is one."""
         if not hits or not isinstance(event.index, int) or not 0 <= event.index < len(hits):
             raise told("These results are too old to be explained: search again.")
