@@ -17,7 +17,7 @@ from test_index import CAPTIONS, checkpoint, loaded  # noqa: E402, F401
 from ieft.data import storage  # noqa: E402
 from ieft.data.images import read_image  # noqa: E402
 from ieft.data.storage import RemoteFile, check_state, is_address  # noqa: E402
-from ieft.search import archive_files  # noqa: E402
+from ieft.search import archive_files, read_ahead  # noqa: E402
 from ieft.search.archive_files import find_images, is_gone, plan_tiles, read_hit, read_tiles  # noqa: E402
 from ieft.search.command import main  # noqa: E402
 from ieft.search.index import ImageIndex  # noqa: E402
@@ -78,6 +78,17 @@ def test_a_scene_over_http_is_indexed_with_about_its_bytes_and_a_query_reads_a_p
         assert {hit["stage"] for hit in hits} == {"re-ranked"}
         assert server.sent - sent < 0.15 * len(content)
         assert len(server.requests) - number < 20
+
+
+def test_rows_of_tiles_that_are_read_at_once_share_what_they_read(large, tmp_path, loaded, monkeypatch):
+    """As with images of the size that networks take, of which a row of tiles is a task."""
+    monkeypatch.setattr(read_ahead, "BYTES_PER_TASK", 3 * 32 * 32 * 13)
+    content = large.read_bytes()
+    with running_files({"/archive/large.tif": content}) as server:
+        archive = f"{server.address}/archive"
+        index = ImageIndex(tmp_path / "index", loaded[0], processor=loaded[1], create=True, root=archive)
+        assert index.add(find_images(archive), tile=256, overlap=0.25)["added"] == 13**2
+        assert server.sent <= 1.2 * len(content)
 
 
 def test_tiles_over_http_are_those_of_the_file(large):

@@ -18,6 +18,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import NamedTuple
 from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -86,7 +87,9 @@ class RemoteFile:
         self.address, self.ahead, self.error = address, ahead, None
         self.state = read_state(address)
         self._key = address, self.state
-        self._stream, self._lock = None, threading.Lock()
+        self._stream = None
+        # Threads that read neighbouring parts of a file wait for each other, and find what both of them need.
+        self._lock = _locks.setdefault(self._key, threading.Lock())
 
     def __str__(self):
         return self.address
@@ -241,10 +244,12 @@ class _Blocks:
 
 
 _kept = _Blocks()
+_locks: WeakValueDictionary = WeakValueDictionary()  # of files that are open
 _listed: dict[str, tuple] = {}  # address -> state that was told when it was listed, until the file is opened
 _told: OrderedDict[str, tuple] = OrderedDict()  # address -> (state, when it was told), of the last files
-if hasattr(os, "register_at_fork"):  # a thread of the parent may hold the lock
+if hasattr(os, "register_at_fork"):  # a thread of the parent may hold a lock
     os.register_at_fork(after_in_child=_kept.forget)
+    os.register_at_fork(after_in_child=_locks.clear)
 
 
 def find_storage(address):
