@@ -5,7 +5,7 @@ LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo app test lint lowest bench
+.PHONY: help demo app test soak lint lowest bench
 .DEFAULT_GOAL := help
 
 help:  ## Show what can be made
@@ -30,7 +30,10 @@ else
 endif
 
 test: $(INSTALLED)  ## Run the tests, without network
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" --numprocesses 2 --dist loadfile --durations 15
+
+soak: $(INSTALLED)  ## Run the programs that kill, watch and fuzz, each for a short time
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
 
 lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff check .

@@ -469,6 +469,7 @@ def test_settings_are_read_as_the_command_line_is(tmp_path):
     assert data_args.eval_datasets == ["a=B", "c"] and args.lr_scheduler_kwargs == {"a": 1} and model_args.fit is None
 
 
+@pytest.mark.soak
 def test_the_fuzzer_runs(tmp_path):
     pytest.importorskip("atheris", reason="the fuzzer, extra `fuzz`, is not installed")
     command = [

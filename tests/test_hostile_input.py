@@ -36,7 +36,7 @@ from prepare_datasets import find_source, image_fault, read_hub_dataset  # noqa:
 
 ROOT = Path(__file__).parent.parent
 BRIEF = settings(
-    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 PNG = io.BytesIO()
 Image.new("RGB", (9, 7)).save(PNG, "PNG")

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from small_training import run
 
 from benchmarks.soak_long import measure, summarise
@@ -15,6 +16,7 @@ def measured(folder):
     (Path(folder) / "samples.json").write_text(json.dumps(measure(folder, STEPS, every=EVERY)))
 
 
+@pytest.mark.soak
 def test_memory_files_processes_and_checkpoints_stay_what_they_are(tmp_path):
     assert run(tmp_path, call=measured) == 0, (tmp_path / "printed0.txt").read_text()[-2000:]
     samples = json.loads((tmp_path / "samples.json").read_text())

@@ -91,6 +91,7 @@ def test_the_best_and_the_last_checkpoint_stay(unharmed):
         assert state["best_model_checkpoint"] == str(folder / f"checkpoint-{state['best_global_step']}")
 
 
+@pytest.mark.soak
 def test_the_whole_command_killed_at_random_moments_ends_in_the_same_bits():
     """A short version of the soak test, which fails if bits differ."""
     root = Path(__file__).parent.parent
