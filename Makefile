@@ -30,7 +30,7 @@ else
 endif
 
 test: $(INSTALLED)  ## Run the tests, without network
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" --numprocesses 2 --dist loadfile --durations 15
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 soak: $(INSTALLED)  ## Run the programs that kill, watch and fuzz, each for a short time
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
