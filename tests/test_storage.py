@@ -1,6 +1,7 @@
 """Archives in other storage: an S3-compatible server and an HTTP server with range requests, both on loopback."""
 
 import logging
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -60,13 +61,20 @@ def small_tiff(seed, size=40):
 # HTTP ---------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def indexed_over_http(scene, folder, loaded):
+    """A server of a scene, its address, and the index of the scene's tiles."""
+    with running_files({"/archive/large.tif": scene.read_bytes()}) as server:
+        archive = f"{server.address}/archive"
+        index = ImageIndex(folder / "index", loaded[0], processor=loaded[1], create=True, root=archive)
+        assert index.add(find_images(archive), tile=256, overlap=0.25)["added"] == 13**2
+        assert server.sent <= 1.2 * scene.stat().st_size
+        yield server, archive, index
+
+
 def test_a_scene_over_http_is_indexed_with_about_its_bytes_and_a_query_reads_a_part(large, tmp_path, loaded):
     content = large.read_bytes()
-    with running_files({"/archive/large.tif": content}) as server:
-        archive = f"{server.address}/archive"
-        index = ImageIndex(tmp_path / "index", loaded[0], processor=loaded[1], create=True, root=archive)
-        assert index.add(find_images(archive), tile=256, overlap=0.25)["added"] == 13**2
-        assert server.sent <= 1.2 * len(content)
+    with indexed_over_http(large, tmp_path, loaded) as (server, archive, index):
         assert len(server.requests) < 20
         sent, number = server.sent, len(server.requests)
         assert index.add(find_images(archive), tile=256, overlap=0.25)["unchanged"] == 13**2
@@ -83,12 +91,8 @@ def test_a_scene_over_http_is_indexed_with_about_its_bytes_and_a_query_reads_a_p
 def test_rows_of_tiles_that_are_read_at_once_share_what_they_read(large, tmp_path, loaded, monkeypatch):
     """As with images of the size that networks take, of which a row of tiles is a task."""
     monkeypatch.setattr(read_ahead, "BYTES_PER_TASK", 3 * 32 * 32 * 13)
-    content = large.read_bytes()
-    with running_files({"/archive/large.tif": content}) as server:
-        archive = f"{server.address}/archive"
-        index = ImageIndex(tmp_path / "index", loaded[0], processor=loaded[1], create=True, root=archive)
-        assert index.add(find_images(archive), tile=256, overlap=0.25)["added"] == 13**2
-        assert server.sent <= 1.2 * len(content)
+    with indexed_over_http(large, tmp_path, loaded):
+        pass
 
 
 def test_tiles_over_http_are_those_of_the_file(large):

@@ -87,7 +87,7 @@ class RemoteFile:
         self.address, self.ahead, self.error = address, ahead, None
         self.state = read_state(address)
         self._key = address, self.state
-        self._stream = None
+        self._stream = self._whole = None  # of HTTP
         # Threads that read neighbouring parts of a file wait for each other, and find what both of them need.
         self._lock = _locks.setdefault(self._key, threading.Lock())
 
@@ -175,7 +175,7 @@ class RemoteFile:
                     "its server does not serve parts of files (HTTP range requests), and it is too large to be read "
                     "whole: copy it to another server or to this machine"
                 ) from error
-        self._whole = getattr(self, "_whole", None) or system.cat_file(path)
+        self._whole = self._whole or system.cat_file(path)
         return self._whole[start:stop]
 
 
