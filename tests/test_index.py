@@ -24,7 +24,8 @@ from lancedb.index import IvfPq  # noqa: E402
 from ieft.data.images import read_image  # noqa: E402
 from ieft.search import index as index_module  # noqa: E402
 from ieft.search.archive_files import find_images, read_hit  # noqa: E402
-from ieft.search.index import ImageIndex, merge_overlaps  # noqa: E402
+from ieft.search.index import ImageIndex  # noqa: E402
+from ieft.search.queries import merge_overlaps  # noqa: E402
 
 CAPTIONS = ["two red houses .", "a green river .", "many grey ships beside a beach ."]
 NUM_IMAGES = 24

@@ -11,14 +11,13 @@ Transformers", CVPR 2021.
 import hashlib
 import json
 import logging
-import math
 import os
 import re
-import time
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
-from numbers import Integral
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +34,6 @@ from ieft.data.storage import is_address
 from ieft.evaluation.devices import choose_device, choose_dtype
 from ieft.evaluation.ranking import fingerprint, inference_network, score_pairs
 from ieft.search.archive_files import (
-    HitImages,
-    UnreadableHit,
     digest_file,
     find_gone,
     is_gone,
@@ -47,9 +44,19 @@ from ieft.search.archive_files import (
     read_hit,
     sizes_of,
 )
-from ieft.search.feature_cache import decode_state
 from ieft.search.filters import check_where, fetch, is_not_text, without_place_in_code, write_where
 from ieft.search.ingestion import ROWS_AT_ONCE, add_captions, add_images, unit_vectors
+from ieft.search.queries import (
+    FIRST_BLOCK,
+    Hits,
+    Query,
+    check_options,
+    clock,
+    in_blocks,
+    number,
+    order,
+    search_many,
+)
 from ieft.search.tables import (
     CAPTIONS,
     IMAGES,
@@ -88,18 +95,6 @@ PREPROCESSED_BY = (
 )  # fmt: skip
 FINGERPRINT = "2-"  # prefix of this version
 PROBE = "Two Red HOUSES, é ß 中 3x4-storey ..."  # distinguishes tokenizers of one vocabulary, by case and accents
-
-
-class Hits(list):
-    """Hits as dicts, best first.
-
-    Attributes:
-        seconds: the time of each stage: "embed", "shortlist", and "re-rank" if there was one.
-    """
-
-    def __init__(self, hits=(), seconds=None):
-        super().__init__(hits)
-        self.seconds = {} if seconds is None else seconds
 
 
 class ImageIndex:
@@ -532,7 +527,7 @@ class ImageIndex:
 
     def embed_captions(self, captions):
         """Sentences -> unit vectors (C, E)."""
-        return self._embed_tokens(self.processor(text=captions))
+        return self.embed_tokens(self.processor(text=captions))
 
     def embed_caption(self, caption):
         """A sentence -> a unit vector (E,).
@@ -540,14 +535,15 @@ class ImageIndex:
         Raises:
             ValueError: for an empty one.
         """
-        return self._embed_tokens(self._tokenize(caption))[0]
+        return self.embed_tokens(self._tokenize(caption))[0]
 
     def _tokenize(self, caption):
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError("A caption to look for expected; got an empty one.")
         return self.processor(text=[caption])
 
-    def _embed_tokens(self, tokens):
+    def embed_tokens(self, tokens):
+        """Sentences as the processor encoded them -> unit vectors (C, E)."""
         tokens = tokens.to(self.model.device)
         with self.network() as network:
             return unit_vectors(network.get_text_features(tokens["input_ids"], tokens["attention_mask"]))
@@ -562,9 +558,9 @@ class ImageIndex:
         Returns:
             list: the columns without the vector, and `similarity`, in [-1, 1].
         """
-        return self._shortlist(vector, top_k, self.columns, write_where(where, bbox, datetime), {})
+        return self.find_nearest(vector, top_k, self.columns, write_where(where, bbox, datetime), {})
 
-    def _shortlist(self, vector, top_k, columns, where, unusable):
+    def find_nearest(self, vector, top_k, columns, where, unusable):
         """The nearest hits whose files exist; the query is enlarged until there are enough.
 
         Args:
@@ -589,7 +585,7 @@ class ImageIndex:
         before, self._root = self.root, None
         return self.root != before
 
-    def _warn_of(self, unusable):
+    def warn_of(self, unusable):
         """Warn once of the files that a search skipped.
 
         Raises:
@@ -609,136 +605,85 @@ class ImageIndex:
         )  # fmt: skip
 
     def search(
-        self, caption, *, top_k=10, rerank_top_k=32, where=None, bbox=None, datetime=None, similarity_weight=0.0
+        self, query, *, top_k=10, rerank_top_k=32, offset=0, where=None, bbox=None, datetime=None,
+        similarity_weight=0.0,
     ):  # fmt: skip
-        """Search images for a sentence: a shortlist by embedding, its first `rerank_top_k` re-ranked by the network.
+        """Search images: a shortlist by embedding, its first `rerank_top_k` re-ranked by the network.
 
         Args:
+            query: a sentence, or a `Query` that combines sentences and images. Without a sentence, nothing is
+                re-ranked.
+            offset: hits to leave out, for further pages: pages of one query are parts of one list, as long as the
+                index is not changed.
             where: an SQL filter over the columns, applied before the search: `"north > 48 AND width >= 256"`.
             bbox: west, south, east, north in degrees: only images that touch this box.
             datetime: only images acquired then, such as "2021-06-01", "2021-06/2021-08" or "2021-06-15/..": see
                 `ieft.search.filters.write_where`.
             similarity_weight: weight of the embeddings' similarity, scaled as in the contrastive loss, that is added
-                to the matching score; `run_retrieval.py --rerank_top_k` chooses one on validation data.
+                to the matching score of a sentence; `run_retrieval.py --rerank_top_k` chooses one on validation data.
 
         Returns:
             Hits: as `shortlist`, with `rank` from 1, `stage` ("re-ranked" or "shortlist") and `score`: the matching
-            score of re-ranked hits, and the similarity of others, which always follow them. Of overlapping tiles,
-            only the best is returned: see `merge_overlaps`.
+            score of re-ranked hits, or of a combination the weighted mean of its parts' scores; the similarity of
+            others, which always follow them. Of overlapping tiles, only the best is returned: see `merge_overlaps`.
 
         Raises:
-            ValueError: for an empty caption, or `top_k` below 1.
+            ValueError: for an empty caption, or `top_k` below 1; for a hit in the query that is not in the index.
             FileNotFoundError: if the archive does not exist. Single files that are gone or damaged are skipped with a
                 warning.
         """
-        _check_options(top_k, rerank_top_k, similarity_weight)
-        where = write_where(where, bbox, datetime)
-        seconds, unusable = {}, {}
-        with _clock(seconds, "embed"):
-            tokens = self._tokenize(caption)
-            vector = self._embed_tokens(tokens)[0]
-        kept = ["state"] if rerank_top_k and self.states else []
-        scores = None
-        while scores is None:
-            with _clock(seconds, "shortlist"):
-                columns = [*self.columns, *kept]
-                nearest = self._shortlist(vector, max(top_k, rerank_top_k), columns, where, unusable)
-                states = [hit.pop("state") for hit in nearest if kept]
-            with _clock(seconds, "re-rank"):
-                scores = self._score_images(tokens, nearest[:rerank_top_k], states[:rerank_top_k], unusable)
-        if rerank_top_k:
-            nearest = _rerank(scores, nearest, similarity_weight * self.model.similarity_scale().item())
-        else:
-            del seconds["re-rank"]
-        return self._merged(nearest, vector, top_k, where, seconds, unusable)
+        options = {"where": where, "bbox": bbox, "datetime": datetime, "similarity_weight": similarity_weight}
+        pages = search_many(self, [query], top_k=top_k, rerank_top_k=rerank_top_k, offset=offset, **options)
+        return list(pages)[0]
 
-    def search_image(self, image, *, top_k=10, where=None, bbox=None, datetime=None):
+    def search_many(self, queries, **options):
+        """Search for many queries, in less time than one after the other.
+
+        Sentences are embedded together, and an image that several queries have in their shortlists is read once. The
+        memory needed does not depend on the number of queries.
+
+        Args:
+            queries: an iterable of sentences and `Query`.
+            options: of `search`, for all of them.
+
+        Returns:
+            an iterator of the `Hits` of each query, in order; equal to those of `search` but for rounding.
+        """
+        return search_many(self, queries, **options)
+
+    def search_image(self, image, *, top_k=10, offset=0, where=None, bbox=None, datetime=None):
         """Search images similar to a PIL image, by embedding only; filters and hits as in `search`."""
-        _check_options(top_k)
-        where = write_where(where, bbox, datetime)
-        seconds, unusable = {}, {}
-        with _clock(seconds, "embed"):
-            vector = self.embed_images([image])[0]
-        with _clock(seconds, "shortlist"):
-            nearest = self._shortlist(vector, top_k, self.columns, where, unusable)
-        return self._merged(nearest, vector, top_k, where, seconds, unusable)
+        return self.search(Query([image]), top_k=top_k, offset=offset, where=where, bbox=bbox, datetime=datetime)
 
-    def search_captions(self, image, *, top_k=10, rerank_top_k=32, similarity_weight=0.0):
+    def search_captions(self, image, *, top_k=10, rerank_top_k=32, offset=0, similarity_weight=0.0):
         """Search captions of the index for a PIL image, in the two stages of `search`.
 
         Returns:
             Hits: `caption`, `similarity`, `score`, `stage`, `rank`; empty if the index holds no captions.
         """
-        _check_options(top_k, rerank_top_k, similarity_weight)
+        check_options(top_k, rerank_top_k, similarity_weight, offset)
         seconds = {}
-        with _clock(seconds, "embed"):
+        with clock(seconds, "embed"):
             vector = self.embed_images([image])[0]
-        with _clock(seconds, "shortlist"):
-            nearest = _nearest(self.captions, vector, max(top_k, rerank_top_k), ["caption"])
+        with clock(seconds, "shortlist"):
+            find = partial(_nearest, self.captions, vector, columns=["caption"])
+            blocks = in_blocks(find, max(rerank_top_k, FIRST_BLOCK), itemgetter("caption"))
+            nearest = next(blocks)
+            while len(nearest) < offset + top_k and (more := next(blocks, None)) is not None:
+                nearest += more
         if rerank_top_k and nearest:
-            with _clock(seconds, "re-rank"):
+            with clock(seconds, "re-rank"):
                 scores = self._score_captions(image, [hit["caption"] for hit in nearest[:rerank_top_k]])
-                nearest = _rerank(scores, nearest, similarity_weight * self.model.similarity_scale().item())
-        return Hits(_ranked(nearest)[:top_k], seconds)
-
-    def _score_images(self, tokens, hits, states, unusable):
-        """Scores of hits with one caption; None if some cannot be read, which are then added to `unusable`."""
-        if not hits:
-            return []
-        images = [decode_state(state) for state in states] or HitImages(hits, self.processor)
-        pairs = [(row, 0) for row in range(len(hits))]
-        try:
-            captions = tokens["input_ids"].tolist()
-            return score_pairs(self.model, images, captions, pairs, dtype=self.dtype, progress=False)
-        except UnreadableHit as error:
-            if isinstance(error.__cause__, ConnectionError):  # others cannot be read either
-                raise error.__cause__ from error
-            for hit in hits:
-                try:
-                    read_hit(hit)
-                except (OSError, ValueError) as error:
-                    unusable[hit["file"]] = str(error)
-            return None
+                weight = similarity_weight * self.model.similarity_scale().item()
+                scores = [score + weight * hit["similarity"] for score, hit in zip(scores, nearest, strict=False)]
+                nearest = order(scores, nearest)
+        return Hits(number(nearest)[offset : offset + top_k], seconds)
 
     def _score_captions(self, image, captions):
         tokens = self.processor.tokenizer(captions, truncation=True, max_length=self.processor.max_caption_tokens)
         pixels = self.processor(images=[image])["pixel_values"]
         pairs = [(0, column) for column in range(len(captions))]
         return score_pairs(self.model, list(pixels), tokens["input_ids"], pairs, dtype=self.dtype, progress=False)
-
-    def _merged(self, nearest, vector, top_k, where, seconds, unusable):
-        """`top_k` hits without overlaps; if merging leaves fewer, the shortlist is enlarged."""
-        best, found, asked = nearest, merge_overlaps(nearest), len(nearest)
-        while len(found) < top_k <= asked:
-            with _clock(seconds, "shortlist"):
-                more = self._shortlist(vector, 2 * asked, self.columns, where, unusable)
-            seen = {_place(hit) for hit in best}
-            best = [*best, *(hit for hit in more if _place(hit) not in seen)]
-            found = merge_overlaps(best)
-            if len(more) < 2 * asked:
-                break
-            asked *= 2
-        self._warn_of(unusable)
-        return Hits(_ranked(found)[:top_k], seconds)
-
-
-def merge_overlaps(hits):
-    """Keep only the best of overlapping tiles of a scene: greedy non-maximum suppression.
-
-    Args:
-        hits: best first.
-
-    Returns:
-        list: the hits that are kept, each with `merged`, the number of hits that it represents, including itself.
-    """
-    kept = []
-    for hit in hits:
-        better = next((other for other in kept if _overlap(other, hit)), None)
-        if better is None:
-            kept.append(hit | {"merged": 1})
-        else:
-            better["merged"] += 1
-    return kept
 
 
 def fingerprint_checkpoint(model, processor):
@@ -774,14 +719,6 @@ def _store_errors(uri):
         ) from error
 
 
-def _check_options(top_k, rerank_top_k=0, similarity_weight=0.0):
-    for name, number, least in (("top_k", top_k, 1), ("rerank_top_k", rerank_top_k, 0)):
-        if not isinstance(number, Integral) or isinstance(number, bool) or number < least:
-            raise ValueError(f"{name} must be a whole number from {least}; got {number!r}.")
-    if not math.isfinite(similarity_weight):
-        raise ValueError(f"similarity_weight must be a finite number; got {similarity_weight!r}.")
-
-
 def _nearest(table, vector, top_k, columns, where=None):
     if top_k < 1:
         raise ValueError(f"top_k must be 1 or more; got {top_k}.")
@@ -790,36 +727,3 @@ def _nearest(table, vector, top_k, columns, where=None):
     query = query.select([*columns, "_distance"]).limit(top_k)
     hits = fetch(query, check_where(where), prefilter=True)
     return [hit | {"similarity": 1 - hit.pop("_distance")} for hit in hits]
-
-
-def _rerank(scores, nearest, similarity_weight):
-    """The hits that have scores, best first, then the others as they stood."""
-    first, rest = nearest[: len(scores)], nearest[len(scores) :]
-    for hit, score in zip(first, scores, strict=True):
-        hit.update(score=float(score) + similarity_weight * hit["similarity"], stage="re-ranked")
-    return [*sorted(first, key=lambda hit: -hit["score"]), *rest]
-
-
-def _place(hit):
-    return tuple(hit[name] for name in KEY)
-
-
-def _overlap(hit, other):
-    """Whether two hits show pixels in common."""
-    return hit["file"] == other["file"] and all(
-        hit[start] < other[start] + other[size] and other[start] < hit[start] + hit[size]
-        for start, size in (("col", "tile_width"), ("row", "tile_height"))
-    )
-
-
-def _ranked(hits):
-    return [
-        {"stage": "shortlist", "score": hit["similarity"], **hit, "rank": rank} for rank, hit in enumerate(hits, 1)
-    ]
-
-
-@contextmanager
-def _clock(seconds, stage):
-    start = time.perf_counter()
-    yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
