@@ -1,5 +1,6 @@
 """Configuration of an IEFT network, saved as `config.json`."""
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -18,6 +19,7 @@ RANGES = {
     "layer_norm_eps": (0.0, 1.0), "text_layer_norm_eps": (0.0, 1.0), "enhancement_mlp_ratio": (1e-3, 1e3),
     "enhancement_expansion": (1e-3, 1e3),
 }  # fmt: skip
+CALIBRATION = ("calibration_scale", "calibration_offset")
 MAX_PATCHES = 2**16
 MAX_PARAMETERS = 2**32  # 17 GB in float32; the published network has a hundred million
 MAX_LABELS = 2**16  # IEFT has no use for labels, but transformers names each of them
@@ -58,10 +60,13 @@ class IeftConfig(ViltConfig):
         first_joint_layer: index of the first block that reads caption and image together. Those below it, and the
             stages up to it, read each of them alone, once for all pairs. 0 is the published network; the weights are
             the same for all.
+        calibration_scale, calibration_offset: make a matching score a probability, 1 / (1 + exp(-(scale * score +
+            offset))); None where they were not fitted. Training fits them on validation data.
 
     Raises:
         ValueError: for a grid that is not square or not whole, for stages that do not fit the network, for a field of
-            another type or out of its range (`RANGES`), and for more than `MAX_PARAMETERS` parameters.
+            another type or out of its range (`RANGES`), for a calibration of one number or one that turns the order of
+            scores round, and for more than `MAX_PARAMETERS` parameters.
     """
 
     model_type = "ieft"
@@ -76,6 +81,8 @@ class IeftConfig(ViltConfig):
     enhancement_expansion: float | int = 2.66
     contrastive_dim: int = 0
     first_joint_layer: int = 0
+    calibration_scale: float | int | None = None
+    calibration_offset: float | int | None = None
 
     def __post_init__(self, **kwargs):
         _check_further_fields(type(self), kwargs)
@@ -114,6 +121,7 @@ class IeftConfig(ViltConfig):
     def _check_ranges(self):
         for name, ends in RANGES.items():
             _check_range(name, getattr(self, name), ends)
+        self._check_calibration()
         blocks = self.enhancement_layers
         known = range(self.num_hidden_layers)
         is_list = isinstance(blocks, list | tuple) and all(type(block) is int and block in known for block in blocks)
@@ -136,6 +144,17 @@ class IeftConfig(ViltConfig):
                 f"{self.num_patches:,} and about {self.count_parameters():,}."
             )
 
+    def _check_calibration(self):
+        pair = tuple(getattr(self, name) for name in CALIBRATION)
+        if pair == (None, None):
+            return
+        are_numbers = all(type(each) in (int, float) and math.isfinite(each) for each in pair)
+        if not are_numbers or pair[0] <= 0:
+            raise ValueError(
+                "calibration_scale and calibration_offset must be two finite numbers, the first above 0, or both "
+                f"None; got {pair[0]!r} and {pair[1]!r}. run_retrieval.py --do_calibrate fits them."
+            )
+
     def count_parameters(self) -> int:
         """About how many parameters the network has: its matrices, without biases and norms."""
         width, patches = self.hidden_size, self.num_patches
@@ -149,13 +168,17 @@ class IeftConfig(ViltConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers'; what it sets after the fields of the file is checked too.
+        """As transformers'; what it sets after the fields of the file is checked too, and the calibration is left out
+        where a keyword makes another network, with other scores.
 
         Raises:
             ValueError: as the class, and where the file asks for attention from a kernel on the Hub, which is code.
         """
         _check_attention(config_dict)
         check_spelling(kwargs.keys() - FURTHER_FIELDS, cls.__dataclass_fields__)
+        changed = (set(RANGES) | set(cls.__annotations__)) & kwargs.keys() - set(CALIBRATION)
+        if any(config_dict.get(name, getattr(cls, name)) != kwargs[name] for name in changed):
+            config_dict = config_dict | {name: None for name in CALIBRATION}
         made = super().from_dict(config_dict, **kwargs)
         (made[0] if isinstance(made, tuple) else made)._check_ranges()
         return made

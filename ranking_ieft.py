@@ -34,6 +34,7 @@ class RankingMixin:
     """`rank` and `push_to_hub` for a network with `prepare_images`, `prepare_captions` and `score_prepared`."""
 
     save_pretrained: Any  # the network's
+    config: Any
 
     def rank(
         self, image_or_caption: Any, candidates: Sequence, top_k: int | None = None, *,
@@ -48,13 +49,28 @@ class RankingMixin:
             processor: the processor to use; None loads the one saved beside this checkpoint.
 
         Returns:
-            list: `{"image" or "caption": as given, "score": any real number, "rank": from 1}`.
+            list: as `rank_candidates` returns it.
 
         Raises:
             ValueError: as `rank_candidates`.
         """
         processor = find_processor(self) if processor is None else processor
         return rank_candidates(self, processor, image_or_caption, candidates, top_k=top_k)
+
+    def probability(self, scores: torch.Tensor) -> torch.Tensor | None:
+        """The probability that a sentence is an annotation of an image, from their matching score.
+
+        It was fitted on the pairs that searches of validation data show (`ieft.evaluation.calibration`), and is true
+        of an archive like that data: where fewer images fit, it is too high.
+
+        Args:
+            scores: of any shape.
+
+        Returns:
+            Tensor | None: in 0..1, of the shape of `scores`; None for a checkpoint that was not calibrated.
+        """
+        scale, offset = self.config.calibration_scale, self.config.calibration_offset
+        return None if scale is None else torch.sigmoid(scale * scores.double() + offset)
 
     def push_to_hub(
         self, repo_id: str, *, processor: IeftProcessor | None = None, model_card: str | None = None,
@@ -190,7 +206,8 @@ def rank_candidates(
         candidates_at_once: how many are encoded in one batch.
 
     Returns:
-        list: `{"image" or "caption": as given, "score": any real number, "rank": from 1}`.
+        list: `{"image" or "caption": as given, "score": any real number, "rank": from 1}`, and of a calibrated
+        checkpoint "probability", see `RankingMixin.probability`.
 
     Raises:
         ValueError: without candidates, for several queries, for `top_k` below 1, where captions meet captions or
@@ -214,7 +231,12 @@ def rank_candidates(
         scores = score(model, processor, query, list(candidates), candidates_at_once).float()
     check_finite(scores, "matching scores")
     best = scores.argsort(descending=True, stable=True)[:top_k].tolist()
-    return [{kind: candidates[row], "score": scores[row].item(), "rank": rank} for rank, row in enumerate(best, 1)]
+    ranked = [{kind: candidates[row], "score": scores[row].item(), "rank": rank} for rank, row in enumerate(best, 1)]
+    probability = model.probability(scores)
+    if probability is not None:
+        for each, row in zip(ranked, best, strict=True):
+            each["probability"] = probability[row].item()
+    return ranked
 
 
 def check_finite(values: torch.Tensor, name: str) -> None:

@@ -25,12 +25,19 @@ import transformers
 from datasets import concatenate_datasets
 from transformers import HfArgumentParser, PretrainedConfig, set_seed
 
-from configuration_ieft import IeftConfig
+from configuration_ieft import CALIBRATION, IeftConfig
 from convert_checkpoint import VILT_RELEASE, load_any_checkpoint
 from ieft.data.downloads import is_url
 from ieft.data.duplicates import find_copies, make_thumbnail
 from ieft.data.invalid_examples import BadRowsError, save_bad_rows
-from ieft.evaluation.report import ranked_sheet, recall_table, training_curves, two_stage_table
+from ieft.evaluation.calibration import MOST_SENTENCES, fit_probability, judge_probability, shown_pairs
+from ieft.evaluation.report import (
+    ranked_sheet,
+    recall_table,
+    reliability_diagram,
+    training_curves,
+    two_stage_table,
+)
 from ieft.evaluation.two_stage import choose_similarity_weight, compare_stages, make_shortlists
 from ieft.hub import check_repository, push_folder, write_model_card
 from ieft.training.checkpoints import explained_if_not_written, write_json
@@ -127,17 +134,18 @@ DATASET_RECIPES = {
     "sydney": {"train_batch_size": 512, "num_train_epochs": 100},
     "ucm": {"num_train_epochs": 100},
 }
-STAGES = ("do_train", "do_eval", "do_predict")
+STAGES = ("do_train", "do_eval", "do_predict")  # without options, all of them
+ALL_STAGES = (*STAGES, "do_calibrate")
 SECONDS_FOR_THE_MAIN_PROCESS = 10
 # Options that affect the result of training: a resumed run must repeat them.
 DECIDES_TRAINING = (
     "model_name_or_path", "network", "first_joint_layer", "teacher", "fit", "enhancement_layers", "contrastive_dim",
     "dataset_name", "data_dir", "image_column", "caption_column", "bands", "protocol", "on_bad_rows",
-    "max_train_samples", "max_eval_samples", "negatives", "augmentation", "num_negatives", "contrastive_weight",
-    "selection_cost", "ranking_start", "mining_start", "batches", "groups_per_step", "distillation_weight", "seed",
-    "learning_rate", "train_batch_size", "num_train_epochs", "max_steps", "warmup_steps",
-    "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim",
-    "bf16", "fp16",
+    "max_train_samples", "max_eval_samples", "negatives", "augmentation", "phrase_probability", "num_negatives",
+    "contrastive_weight", "selection_cost", "ranking_start", "mining_start", "batches", "groups_per_step",
+    "distillation_weight", "seed", "learning_rate", "train_batch_size", "num_train_epochs", "max_steps",
+    "warmup_steps", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "optim", "bf16", "fp16",
 )  # fmt: skip
 # Options that affect the result of an evaluation, which may only replace results with the same options.
 DECIDES_EVALUATION = (
@@ -155,12 +163,13 @@ NEEDED_STAGES = {
     "from_scratch": ("do_train",),
     "contrastive_dim": ("do_train",),
     "selection_cost": ("do_train",),
+    "phrase_probability": ("do_train",),
 }
 ABOUT_ONE_COLLECTION = ("data_dir", "image_column", "caption_column")
 ABOUT_COLLECTIONS = ("bands", "streaming", "on_bad_rows")  # they also apply to `--eval_datasets`
 SHOWN_ON_THE_CARD = (
     "learning_rate", "train_batch_size", "world_size", "num_train_epochs", "max_steps", "num_negatives",
-    "negatives", "augmentation", "contrastive_weight", "seed",
+    "negatives", "augmentation", "phrase_probability", "contrastive_weight", "seed",
 )  # fmt: skip
 
 
@@ -266,6 +275,13 @@ class DataArguments:
             "choices": list(AUGMENTATIONS),
         },
     )
+    phrase_probability: float = field(
+        default=0.0,
+        metadata={
+            "help": "How often a training caption is replaced by a phrase of it, such as 'white storage tanks', so "
+            "that short queries are learnt too: 0.3, for example. 0, as published: never."
+        },
+    )
     protocol: str = field(
         default="clean",
         metadata={
@@ -344,9 +360,12 @@ def run(model_args, data_args, args, folder, checkpoint, push):
     if args.do_train:
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.log_metrics("train", trainer.state.log_history[-1])
+        calibrate(trainer, validation)
         with explained_if_not_written("The model", args.output_dir):
             trainer.save_model()
         save_results(trainer, "selection", selection, data_args)
+    elif args.do_calibrate:
+        calibrate_checkpoint(trainer, validation, model_args.model_name_or_path)
     if args.do_eval:
         save_results(trainer, "eval", trainer.evaluate(validation), data_args)
     results = predict(trainer, processor, splits["test"], data_args, len(bad_rows)) if args.do_predict else None
@@ -354,11 +373,14 @@ def run(model_args, data_args, args, folder, checkpoint, push):
         results["two_stage"] = judge_two_stage(trainer, processor, splits, results, data_args)
     if args.do_predict and others:
         results["eval_datasets"] = rank_others(trainer, processor, others, data_args)
+    is_calibrated = model.config.calibration_scale is not None
+    judged = judge_calibration(trainer, processor, splits["test"]) if args.do_predict and is_calibrated else None
     if trainer.is_world_process_zero():
         if args.do_train:
             shown = {name: getattr(args, name, getattr(data_args, name, None)) for name in SHOWN_ON_THE_CARD}
             options = {"repo_id": args.hub_model_id, "base_model": model_args.model_name_or_path}
-            write_model_card(args.output_dir, results, training_arguments=shown, **options)
+            on_card = {} if results is None else results | {"probability": judged}
+            write_model_card(args.output_dir, on_card, training_arguments=shown, **options)
         if push:
             options = {"private": args.hub_private_repo, "overwrite": model_args.overwrite_repository}
             print(f"Pushed: {push_folder(args.output_dir, args.hub_model_id, token=args.hub_token, **options)}")
@@ -395,14 +417,14 @@ def parse_arguments(arguments):
     unset = argparse.Namespace(**{each.name: None for group in parser.dataclass_types for each in fields(group)})
     parsed = vars(parser.parse_args(arguments, unset))  # without argparse's defaults
     given = {name: value for name, value in parsed.items() if value is not None}
-    asked = [stage for stage in STAGES if given.get(stage)]
+    asked = [stage for stage in ALL_STAGES if given.get(stage)]
     stages = asked or [stage for stage in STAGES if given.get(stage) is not False]
     check_options(given, stages)
     defaults = choose_recipe(given)
     if "do_train" in stages and not given.get("from_scratch") and given.get("network", defaults["network"]) == "base":
         defaults["model_name_or_path"] = VILT_RELEASE  # a full-size network learns little from a benchmark alone
     model_args, data_args, args = parser.parse_dict(defaults | given)
-    for stage in STAGES:
+    for stage in ALL_STAGES:
         setattr(args, stage, stage in stages)  # do_eval is switched on by eval_strategy otherwise
     return model_args, data_args, args
 
@@ -421,6 +443,8 @@ def check_options(given, stages):
     """
     if not stages:
         raise ValueError("Nothing to do: pass --do_train, --do_eval or --do_predict, or none of them for all three.")
+    if "do_calibrate" in stages:
+        check_calibrate(given, stages)
     for name, needed in NEEDED_STAGES.items():
         if name in given and not set(needed) & set(stages):
             raise ValueError(f"--{name} has no effect without {' or '.join(f'--{each}' for each in needed)}.")
@@ -459,6 +483,21 @@ def check_options(given, stages):
             "--push_to_hub pushes the model in --output_dir, and an evaluation of --model_name_or_path saves none "
             "there. Leave --model_name_or_path out, and pass its folder as --output_dir."
         )
+
+
+def check_calibrate(given, stages):
+    """Refuse `--do_calibrate` where it could not write its result, or would fit it to another network's scores."""
+    if "do_train" in stages:
+        raise ValueError("--do_calibrate is for a trained checkpoint: training calibrates its own at its end.")
+    source = given.get("model_name_or_path")
+    if source is not None and not os.path.isfile(Path(source, "config.json")):
+        raise ValueError(
+            f"--do_calibrate writes into the checkpoint's config.json: a folder expected; got --model_name_or_path "
+            f"{source}. Download or convert it first (hf download, convert_checkpoint.py)."
+        )
+    for name in ("first_joint_layer", "fit"):
+        if given.get(name) is not None:
+            raise ValueError(f"--do_calibrate is for the checkpoint as it is: leave out --{name}.")
 
 
 def choose_recipe(given):
@@ -513,7 +552,8 @@ def deciding_options(model_args, data_args, args):
         evaluation |= dict.fromkeys(OF_THE_MODEL)  # those of the model in this folder
     if args.do_train or options["model_name_or_path"] in (None, str(Path(args.output_dir).resolve())):
         evaluation["model_name_or_path"] = None  # the model in this folder
-    return {"training": training, "evaluation": evaluation if args.do_eval or args.do_predict else None}
+    evaluates = args.do_eval or args.do_predict or args.do_calibrate
+    return {"training": training, "evaluation": evaluation if evaluates else None}
 
 
 def set_up_logging(args):
@@ -643,7 +683,10 @@ def load_model(model_args, args, captions):
         kept = None if not args.do_train else contrastive_dim  # a checkpoint that is only evaluated is not changed
         sizes = {"contrastive_dim": kept, "first_joint_layer": model_args.first_joint_layer,
                  "enhancement_layers": model_args.enhancement_layers}  # fmt: skip
-        return load_any_checkpoint(model_args.model_name_or_path, fit=model_args.fit, **sizes)
+        model, processor = load_any_checkpoint(model_args.model_name_or_path, fit=model_args.fit, **sizes)
+        if args.do_train:  # its scores will be others
+            model.config.calibration_scale = model.config.calibration_offset = None
+        return model, processor
     tokenizer = learn_tokenizer(caption for of_image in captions for caption in of_image)
     network = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | NETWORKS[model_args.network]
     if model_args.enhancement_layers is not None:
@@ -674,6 +717,7 @@ def make_trainer(model, processor, splits, data_args, args, teacher=None):
             num_negatives=0 if args.contrastive_weight else args.num_negatives,
             negatives=data_args.negatives,
             augmentation=data_args.augmentation,
+            phrase_probability=data_args.phrase_probability,
             seed=args.seed,
         )
     validation = EvaluationSet.from_split(splits["validation"], processor)
@@ -741,6 +785,65 @@ def judge_two_stage(trainer, processor, splits, results, data_args):
     if trainer.is_world_process_zero():
         write_json(Path(trainer.args.output_dir) / "two_stage.json", judged)
         print(two_stage_table(judged))
+    return judged
+
+
+def calibrate(trainer, validation):
+    """Fit the probability of a matching score on validation data, and set it in the model's configuration.
+
+    Returns:
+        str | None: why there is none; the configuration then has none.
+    """
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    config.calibration_scale = config.calibration_offset = None
+    if not config.contrastive_dim:
+        problem = "it has no contrastive heads, and so no search"
+    elif trainer.is_fsdp_enabled:
+        problem = "its weights are shared out over processes: calibrate the saved checkpoint"
+    else:
+        pairs = shown_pairs(trainer.accelerator.unwrap_model(trainer.model), validation, most_sentences=MOST_SENTENCES,
+                            seed=trainer.args.seed, **trainer.ranking_options())  # fmt: skip
+        fitted = fit_probability(pairs.scores, pairs.belongs)
+        if fitted:
+            config.calibration_scale, config.calibration_offset = fitted
+            logger.info("Calibrated on %d pairs of %d validation sentences.", pairs.scores.size, len(pairs.scores))
+            return None
+        problem = f"of {pairs.scores.size} pairs of validation data, a higher score does not tell those that belong"
+    logger.info("Scores have no probability: %s.", problem)
+    return problem
+
+
+def calibrate_checkpoint(trainer, validation, folder):
+    """`calibrate`, and write the result into the checkpoint's `config.json`, of which nothing else changes.
+
+    Raises:
+        ValueError: if there is no result.
+    """
+    problem = calibrate(trainer, validation)
+    if problem:
+        raise ValueError(f"{folder} cannot be calibrated: {problem}.")
+    if trainer.is_world_process_zero():
+        path, config = Path(folder) / "config.json", trainer.accelerator.unwrap_model(trainer.model).config
+        written = json.loads(path.read_text(encoding="utf-8"))
+        written |= {name: getattr(config, name) for name in CALIBRATION}
+        write_json(path, dict(sorted(written.items())))
+        print(f"{path}: calibration_scale {config.calibration_scale:.4f}, offset {config.calibration_offset:.4f}")
+
+
+def judge_calibration(trainer, processor, test):
+    """How true the probabilities are on the test split: a printed line, `probability.json` and `reliability.png`."""
+    evaluation_set = EvaluationSet.from_split(test, processor)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    pairs = shown_pairs(model, evaluation_set, **trainer.ranking_options())
+    judged = judge_probability(pairs, model.config.calibration_scale, model.config.calibration_offset)
+    if trainer.is_world_process_zero():
+        folder = Path(trainer.args.output_dir)
+        write_json(folder / "probability.json", judged)
+        reliability_diagram(judged, folder / "reliability.png")
+        print(
+            f"probabilities of {judged['pairs']:,} pairs that searches for {judged['sentences']:,} sentences show: "
+            f"expected calibration error {judged['ece']:.3f}"
+        )
     return judged
 
 

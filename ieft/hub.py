@@ -40,7 +40,8 @@ CODE = ("configuration", "layers", "modeling", "pipeline", "processing", "rankin
 PUSHED = (
     "config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.txt", "README.md", "ranked.png", "training.png",
-    "test_results.json", "two_stage.json", *(f"{name}_ieft.py" for name in CODE),
+    "test_results.json", "two_stage.json", "probability.json", "reliability.png",
+    *(f"{name}_ieft.py" for name in CODE),
 )  # fmt: skip
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 CLEANED = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json",
@@ -61,7 +62,7 @@ def write_model_card(
     Args:
         folder: holds at least `config.json`.
         results: what `test_results.json` holds: recalls in percent, `num_images`, `num_captions`, `protocol`,
-            `dataset`.
+            `dataset`; and as `probability` what `probability.json` holds.
         repo_id: name on the Hub, for the title and the example; left out, the folder's name.
         base_model: Hub id of the checkpoint that training started from, or URL of a file on github.com; paths of this
             machine and other addresses are left out.
@@ -79,6 +80,7 @@ def write_model_card(
         base_model=base_model,
         training_arguments=training_arguments,
         has_ranking_figure=(folder / "ranked.png").is_file(),
+        has_reliability_figure=(folder / "reliability.png").is_file(),
     )
     path = folder / "README.md"
     if path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
@@ -106,6 +108,7 @@ def is_generated(card: str) -> bool:
 def render_model_card(
     config: IeftConfig, results: Mapping[str, Any] | None = None, *, repo_id: str, base_model: str | None = None,
     training_arguments: Mapping[str, Any] | None = None, has_ranking_figure: bool = False,
+    has_reliability_figure: bool = False,
 ) -> str:  # fmt: skip
     """The text of a model card with its metadata; arguments as `write_model_card`."""
     measured = {name: value for name, value in (results or {}).items() if _is_measured(value)}
@@ -139,6 +142,9 @@ def render_model_card(
         protocol_sentence=PROTOCOLS.get(str(measured.get("protocol"))),
         training_arguments=training_arguments,
         has_ranking_figure=has_ranking_figure,
+        is_calibrated=config.calibration_scale is not None,
+        probability=measured.get("probability"),
+        has_reliability_figure=has_reliability_figure,
         network=_network_facts(config),
         fusion_layer=config.first_joint_layer,
         versions=_versions(),

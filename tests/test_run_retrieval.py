@@ -19,7 +19,7 @@ from PIL import Image
 from small_training import run_ranks
 
 import run_retrieval
-from configuration_ieft import IeftConfig
+from configuration_ieft import CALIBRATION, IeftConfig
 from convert_checkpoint import VILT_RELEASE
 from ieft.data.invalid_examples import BadRowsError
 from ieft.hub import LAST_PUSH
@@ -137,6 +137,26 @@ def test_push_to_hub_is_one_flag(trained, tmp_path):
     assert f"Pushed: {address}/someone/scenes/commit/" in finished.stdout
     assert {"model.safetensors", "modeling_ieft.py", "tokenizer.json", "ranked.png", "test_results.json"} <= set(files)
     assert "model-index" in files["README.md"].decode() and not any(name.startswith("checkpoint") for name in files)
+
+
+def test_a_checkpoint_is_calibrated_in_place_and_its_probabilities_judged(tmp_path, capsys):
+    small, out = tmp_path / "small", tmp_path / "out"
+    shutil.copytree(ROOT / "checkpoints" / "small", small)
+    before = read(small, "config.json") | {"calibration_scale": 9.0, "calibration_offset": 9.0}
+    (small / "config.json").write_text(json.dumps(before))
+    weights = (small / "model.safetensors").read_bytes()
+    arguments = [*PREDICT, "--max_eval_samples", "40", "--model_name_or_path", str(small), "--output_dir", str(out)]
+    assert run_retrieval.main([*arguments, "--do_calibrate", "--do_predict"])["num_images"] == 8
+    after, judged = read(small, "config.json"), read(out, "probability.json")
+    assert {name for name in before | after if before.get(name) != after.get(name)} == set(CALIBRATION)
+    assert 0 < after["calibration_scale"] < 9 and (small / "model.safetensors").read_bytes() == weights
+    assert judged["sentences"] == read(out, "test_results.json")["num_captions"] and 0 <= judged["ece"] <= 1
+    assert f"expected calibration error {judged['ece']:.3f}" in capsys.readouterr().out
+    with Image.open(out / "reliability.png") as image:
+        assert min(image.size) > 200
+    # What is trained further has other scores.
+    model, _ = run_retrieval.load_model(*run_retrieval.parse_arguments([*arguments, "--do_train"])[::2], [])
+    assert model.config.calibration_scale is None
 
 
 def test_other_datasets_are_ranked_without_the_images_trained_on(trained, tmp_path):
@@ -471,6 +491,12 @@ def test_a_misspelt_option_or_choice_is_refused_by_the_parser(arguments, message
         (["--model_name_or_path", "x", "--from_scratch"], "starts from a checkpoint"),
         (["--do_predict", "--from_scratch"], "--from_scratch has no effect"),
         (["--contrastive_weight", "0", "--contrastive_dim", "8"], "--contrastive_dim has no effect"),
+        (["--do_calibrate", "--do_train"], "training calibrates its own"),
+        (
+            ["--do_calibrate", "--model_name_or_path", "user/name"],
+            "a folder expected; got --model_name_or_path user",
+        ),
+        (["--do_calibrate", "--model_name_or_path", "checkpoints/small", "--fit", "crop"], "leave out --fit"),
         (["--rerank_top_k", "0"], "--rerank_top_k must be 1 or more"),
         (["--max_train_samples", "-1"], "--max_train_samples must be 1 or more"),
         (["--learning_rate", "0"], "learning_rate must be above 0"),

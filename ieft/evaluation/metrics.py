@@ -96,6 +96,38 @@ def expected_hits(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
     return hits
 
 
+def precision_at(k: int, scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The share of right items among the `k` best of each query, in 0..1; equal scores in the order of the items.
+
+    Args:
+        scores, right: (Q, N), right items as booleans.
+
+    Returns:
+        (Q,)
+    """
+    return _best_first(scores, right)[:, :k].mean(axis=1)
+
+
+def average_precision(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The mean, over the right items of each query, of the precision down to that item, in 0..1: its mean over queries
+    is the mean average precision (Manning et al., Introduction to Information Retrieval, 2008, 8.4).
+
+    Args:
+        scores, right: (Q, N), right items as booleans, at least one for each query; equal scores in the order of the
+            items.
+
+    Returns:
+        (Q,)
+    """
+    ranked = _best_first(scores, right)
+    precisions = ranked.cumsum(axis=1) / np.arange(1, ranked.shape[1] + 1)
+    return (precisions * ranked).sum(axis=1) / ranked.sum(axis=1)
+
+
+def _best_first(scores, right):
+    return np.take_along_axis(right, np.argsort(-np.asarray(scores, np.float64), axis=1, kind="stable"), axis=1)
+
+
 def _recalls_both_ways(scores, right):
     recalls = {}
     for name, way_scores, way_right in (("ir", scores.T, right.T), ("tr", scores, right)):

@@ -42,7 +42,9 @@ TILE_IMAGES = 32  # bounds the memory that pixels take
 FEWEST_TILES = 64  # where there are as many images, so that processes get equal shares
 CAPTIONS_AT_ONCE = 64  # prepared together
 KEPT_CAPTION_TOKENS = 65536  # prepared once and kept, about 0.8 GB; beyond, captions are prepared tile by tile
-NOT_IN_FINGERPRINT = ("architectures", "auto_map", "custom_pipelines", "transformers_version")
+NOT_IN_FINGERPRINT = (
+    "architectures", "auto_map", "custom_pipelines", "transformers_version", "calibration_scale", "calibration_offset",
+)  # fmt: skip
 
 
 def score_matrix(

@@ -86,6 +86,34 @@ def training_curves(log_history, path):
     figure.savefig(path, format="png")
 
 
+def reliability_diagram(judged, path):
+    """Draw how many pairs of each probability belong together, as a PNG file: on the diagonal, probabilities are true.
+
+    Args:
+        judged: as `ieft.evaluation.calibration.judge_probability` gives it.
+        path: the file to write; one that is there is written over.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4.6), dpi=120, layout="constrained")
+    axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    probability, share, pairs = ([each[name] for each in judged["bins"]] for name in ("probability", "share", "pairs"))
+    axes.plot([0, 1], [0, 1], "--", color="#656d76", linewidth=1)
+    axes.plot(probability, share, "-o", markersize=4)
+    axes.set_title(f"expected calibration error {judged['ece']:.3f}", loc="left", fontsize=11)
+    axes.set_ylabel("share that belongs together")
+    axes.set_ylim(-0.02, 1.02)
+    counts.bar(probability, pairs, width=0.04)
+    counts.set_yscale("log")
+    counts.set_ylabel("pairs")
+    counts.set_xlabel("probability")
+    counts.set_xlim(-0.02, 1.02)
+    for each in (axes, counts):
+        each.grid(alpha=0.3)
+        each.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png")
+
+
 def recall_table(results):
     """The recalls as text: both directions, strict beside duplicate-aware, under 80 columns.
 

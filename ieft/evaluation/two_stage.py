@@ -49,7 +49,7 @@ def make_shortlists(model, evaluation_set, top_k, **options):
         options: as `ieft.evaluation.ranking.score_pairs`.
     """
     start = time.perf_counter()
-    similarity = embed_and_compare(model, evaluation_set)
+    similarity = embed_and_compare(model, evaluation_set.images, evaluation_set.caption_tokens)
     of_captions, of_images = nearest(similarity.T, top_k).T, nearest(similarity, top_k)
     embedded = time.perf_counter()
     pairs = np.argwhere(of_captions | of_images)
@@ -60,11 +60,11 @@ def make_shortlists(model, evaluation_set, top_k, **options):
 
 
 @torch.no_grad()
-def embed_and_compare(model, evaluation_set):
+def embed_and_compare(model, images, caption_tokens):
     """Scaled similarity of every image with every caption, each read once alone: (I, C) float32."""
     with evaluation_mode(model):
-        image_features = _embed_images(model, evaluation_set.images)
-        text_features = _embed_captions(model, evaluation_set.caption_tokens)
+        image_features = _embed_images(model, images)
+        text_features = _embed_captions(model, caption_tokens)
     similarity = model.similarity_scale() * image_features @ text_features.T  # (I, C)
     return similarity.cpu().numpy()
 

@@ -124,6 +124,11 @@ def build_parser():
         default=0.0,
         help="weight of the embeddings' similarity in the score; run_retrieval.py --rerank_top_k finds one",
     )
+    query.add_argument(
+        "--min_probability",
+        type=float,
+        help="only hits of at least this probability, from 0 to 1; of a calibrated checkpoint",
+    )
     query.add_argument("--explain", help="a folder for heat maps that explain each hit")
     query.add_argument("--json", action="store_true", help="JSON instead of the table")
     query.add_argument("--sheet", help="write a contact sheet of the hits to this PNG file")
@@ -291,6 +296,8 @@ def query_index(args):
         raise ValueError("Either a sentence or --image expected.")
     if args.bands and args.image is None:
         raise ValueError("--bands needs --image: the images of the index keep the bands that they were indexed with.")
+    if args.min_probability is not None and args.image is not None:
+        raise ValueError("--min_probability needs a sentence: similar images have no probability.")
     check_outputs(args)
     index = open_index(args)
     index.needs_files |= bool(args.sheet or args.explain)
@@ -314,6 +321,7 @@ def look_up_caption(index, args):
     """Search images for a sentence and, with --explain, explain the hits: {"images": hits}."""
     options = {"rerank_top_k": args.rerank_top_k, "similarity_weight": args.similarity_weight}
     options |= {"where": args.where, "bbox": args.bbox, "datetime": args.datetime}
+    options |= {"min_probability": args.min_probability}
     hits = index.search(args.caption, top_k=args.top_k, **options)
     for hit, picture in read_hits(hits) if args.explain else ():
         save_explanation(index, args.explain, picture, args.caption, hit)
@@ -388,20 +396,33 @@ def relocate_index(args):
 def hit_table(hits):
     """Hits as text, one line each, or a line that says that there are none."""
     if not hits:
-        return "No image matches."
-    lines = [f"{'rank':>4}{'score':>9}  {'stage':<10} file"]
-    lines += [f"{_start_of_line(hit)} {hit['file']}{_name_window(hit)}{_name_words(hit)}" for hit in hits]
+        best = getattr(hits, "best_probability", None)
+        if best is None:
+            return "No image matches."
+        return f"Nothing in this archive fits: the best image has a probability of {best:.2f}."
+    lines = [f"{_head_of_line(hits)} file"]
+    lines += [f"{_start_of_line(hit, hits)} {hit['file']}{_name_window(hit)}{_name_words(hit)}" for hit in hits]
     return "\n".join(lines)
 
 
 def caption_table(hits):
     """Captions as text, one line each."""
-    lines = [f"{'rank':>4}{'score':>9}  {'stage':<10} caption"]
-    return "\n".join([*lines, *(f"{_start_of_line(hit)} {hit['caption']}{_name_words(hit)}" for hit in hits)])
+    lines = [f"{_head_of_line(hits)} caption"]
+    return "\n".join([*lines, *(f"{_start_of_line(hit, hits)} {hit['caption']}{_name_words(hit)}" for hit in hits)])
 
 
-def _start_of_line(hit):
-    return f"{hit['rank']:>4}{hit['score']:>9.3f}  {hit['stage']:<10}"
+def _head_of_line(hits):
+    return f"{'rank':>4}{'score':>9}{'  prob.' if _have_probability(hits) else ''}  {'stage':<10}"
+
+
+def _start_of_line(hit, hits):
+    probability = f"{hit['probability']:7.2f}" if hit["probability"] is not None else " " * 7
+    return f"{hit['rank']:>4}{hit['score']:>9.3f}{probability * _have_probability(hits)}  {hit['stage']:<10}"
+
+
+def _have_probability(hits):
+    """Whether the table has a column of probabilities."""
+    return any(hit["probability"] is not None for hit in hits)
 
 
 def _name_window(hit):

@@ -252,6 +252,11 @@ class ImageIndex:
     # Where the archive is -------------------------------------------------------------------------------------------
 
     @property
+    def has_probability(self):
+        """Whether the checkpoint is calibrated, so that re-ranked hits of a sentence have a probability."""
+        return self.model.config.calibration_scale is not None
+
+    @property
     def root(self):
         """The archive's folder, which paths in the index are relative to; empty if none was given."""
         if self._root is None:
@@ -606,7 +611,7 @@ class ImageIndex:
 
     def search(
         self, query, *, top_k=10, rerank_top_k=32, offset=0, where=None, bbox=None, datetime=None,
-        similarity_weight=0.0,
+        similarity_weight=0.0, min_probability=None,
     ):  # fmt: skip
         """Search images: a shortlist by embedding, its first `rerank_top_k` re-ranked by the network.
 
@@ -621,18 +626,25 @@ class ImageIndex:
                 `ieft.search.filters.write_where`.
             similarity_weight: weight of the embeddings' similarity, scaled as in the contrastive loss, that is added
                 to the matching score of a sentence; `run_retrieval.py --rerank_top_k` chooses one on validation data.
+            min_probability: only hits of at least this probability, from 0 to 1, of a query that is one sentence. None
+                may be left: then nothing in the archive fits, and `Hits.best_probability` tells how unlikely the best
+                hit is.
 
         Returns:
             Hits: as `shortlist`, with `rank` from 1, `stage` ("re-ranked" or "shortlist") and `score`: the matching
             score of re-ranked hits, or of a combination the weighted mean of its parts' scores; the similarity of
-            others, which always follow them. Of overlapping tiles, only the best is returned: see `merge_overlaps`.
+            others, which always follow them. `probability` is that of the matching score of one sentence
+            (`RankingMixin.probability`), None for other scores and for a checkpoint that was not calibrated. Of
+            overlapping tiles, only the best is returned: see `merge_overlaps`.
 
         Raises:
-            ValueError: for an empty caption, or `top_k` below 1; for a hit in the query that is not in the index.
+            ValueError: for an empty caption, or `top_k` below 1; for a hit in the query that is not in the index; for
+                `min_probability` where hits have none.
             FileNotFoundError: if the archive does not exist. Single files that are gone or damaged are skipped with a
                 warning.
         """
         options = {"where": where, "bbox": bbox, "datetime": datetime, "similarity_weight": similarity_weight}
+        options["min_probability"] = min_probability
         pages = search_many(self, [query], top_k=top_k, rerank_top_k=rerank_top_k, offset=offset, **options)
         return list(pages)[0]
 
@@ -659,7 +671,8 @@ class ImageIndex:
         """Search captions of the index for a PIL image, in the two stages of `search`.
 
         Returns:
-            Hits: `caption`, `similarity`, `score`, `stage`, `rank`; empty if the index holds no captions.
+            Hits: `caption`, `similarity`, `score`, `probability`, `stage`, `rank`, as those of `search`; empty if the
+            index holds no captions.
         """
         check_options(top_k, rerank_top_k, similarity_weight, offset)
         seconds = {}
@@ -674,9 +687,10 @@ class ImageIndex:
         if rerank_top_k and nearest:
             with clock(seconds, "re-rank"):
                 scores = self._score_captions(image, [hit["caption"] for hit in nearest[:rerank_top_k]])
+                probabilities = None if similarity_weight else self.model.probability(torch.as_tensor(scores))
                 weight = similarity_weight * self.model.similarity_scale().item()
                 scores = [score + weight * hit["similarity"] for score, hit in zip(scores, nearest, strict=False)]
-                nearest = order(scores, nearest)
+                nearest = order(scores, nearest, probabilities)
         return Hits(number(nearest)[offset : offset + top_k], seconds)
 
     def _score_captions(self, image, captions):

@@ -16,12 +16,14 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+import torch
 from PIL.Image import Image
 
 from ieft.evaluation.ranking import score_pairs
 from ieft.search.archive_files import HitImages, UnreadableHit, read_hit
 from ieft.search.feature_cache import decode_state
 from ieft.search.filters import is_not_text, write_where
+from ieft.search.probability import check_min_probability, is_likely
 from ieft.search.tables import KEY, quote
 
 UNWANTED_WEIGHT = 0.25  # by default: with 1, what is wanted goes with it; measured in docs/search.md
@@ -38,11 +40,14 @@ class Hits(list):
     Attributes:
         seconds: the time of each stage: "embed", "shortlist", and "re-rank" if there was one; for queries that were
             searched together, their time divided by their number.
+        best_probability: the highest probability that was found, also if `min_probability` keeps no hit; None if no
+            hit has one.
     """
 
-    def __init__(self, hits=(), seconds=None):
+    def __init__(self, hits=(), seconds=None, best_probability=None):
         super().__init__(hits)
         self.seconds = {} if seconds is None else seconds
+        self.best_probability = best_probability
 
 
 @dataclass(eq=False)
@@ -121,13 +126,17 @@ def _check_part(part):
 
 
 def search_many(
-    index, queries, *, top_k=10, rerank_top_k=32, offset=0, where=None, bbox=None, datetime=None, similarity_weight=0.0
+    index, queries, *, top_k=10, rerank_top_k=32, offset=0, where=None, bbox=None, datetime=None,
+    similarity_weight=0.0, min_probability=None,
 ):  # fmt: skip
     """The hits of each query, in their order: see `ImageIndex.search_many`."""
     check_options(top_k, rerank_top_k, similarity_weight, offset)
+    check_min_probability(index.model, min_probability, rerank_top_k, similarity_weight)
     where = write_where(where, bbox, datetime)
     at_once = max(1, PAIRS_AT_ONCE // max(rerank_top_k, FIRST_BLOCK))
-    return _search_in_turn(index, queries, at_once, top_k, offset, (rerank_top_k, where, similarity_weight))
+    return _search_in_turn(
+        index, queries, at_once, top_k, offset, (rerank_top_k, where, similarity_weight, min_probability)
+    )
 
 
 def _search_in_turn(index, queries, at_once, top_k, offset, options):
@@ -247,9 +256,11 @@ class _Search:
         hits: the first ones, best first; those of `rerank_top_k` are re-ranked.
     """
 
-    def __init__(self, index, query, vectors, rerank_top_k, where, similarity_weight):
+    def __init__(self, index, query, vectors, rerank_top_k, where, similarity_weight, min_probability):
         shares = np.array([share for _, share in query.parts])
-        self.index, self.where = index, where
+        self.index, self.where, self.min_probability = index, where, min_probability
+        if min_probability is not None and not query.is_sentence:
+            raise ValueError("min_probability needs one sentence alone: scores of combinations and images have none.")
         self.sentences = [(part, share) for part, share in query.parts if isinstance(part, str)]
         self.rerank_top_k = rerank_top_k if self.sentences else 0
         self.vector = shares @ vectors  # (E,)
@@ -261,6 +272,7 @@ class _Search:
         factors = np.array([similarity_weight if isinstance(part, str) else 1.0 for part, _ in query.parts])
         direction = index.model.similarity_scale().item() * (factors * shares) @ vectors
         self.direction = direction if self.rerank_top_k and direction.any() else None
+        self.has_probability = query.is_sentence and self.direction is None
 
     def start(self, unusable):
         """Find the first hits."""
@@ -288,15 +300,20 @@ class _Search:
         of_hits = [sum(share * scores[place_of(hit), each] for each, share in self.sentences) for hit in first]
         if self.direction is not None:
             of_hits = np.array(of_hits) + np.array(self.vectors[: len(first)]).reshape(len(first), -1) @ self.direction
-        self.hits = order(of_hits, self.hits)
+        probabilities = self.index.model.probability(torch.tensor(of_hits)) if self.has_probability else None
+        self.hits = order(of_hits, self.hits, probabilities)
 
     def page(self, top_k, offset):
         """`top_k` hits after the first `offset`, without overlaps."""
+        best_probability = self.hits[0].get("probability") if self.hits else None
+        if self.min_probability is not None:
+            self.hits = [hit for hit in self.hits if is_likely(hit, self.min_probability)]
+            self.blocks = iter(())  # hits that are not re-ranked have no probability
         found = merge_overlaps(self.hits)
         while len(found) < offset + top_k and (more := next(self.blocks, None)) is not None:
             self.hits += more
             found = merge_overlaps(self.hits)
-        return Hits(number(found)[offset : offset + top_k])
+        return Hits(number(found)[offset : offset + top_k], best_probability=best_probability)
 
 
 def _score(index, searches, tokens, scores, unusable):
@@ -423,18 +440,20 @@ def place_of(hit):
     return tuple(hit[name] for name in KEY)
 
 
-def order(scores, nearest):
+def order(scores, nearest, probabilities=None):
     """The hits that have scores, best first, then the others as they stood."""
     first, rest = nearest[: len(scores)], nearest[len(scores) :]
-    for hit, score in zip(first, scores, strict=True):
-        hit.update(score=float(score), stage="re-ranked")
+    probabilities = [None] * len(first) if probabilities is None else probabilities.tolist()
+    for hit, score, probability in zip(first, scores, probabilities, strict=True):
+        hit.update(score=float(score), probability=probability, stage="re-ranked")
     return [*sorted(first, key=lambda hit: -hit["score"]), *rest]
 
 
 def number(hits):
     """The hits with their `rank` from 1; those of the shortlist with their `stage` and `score`."""
     return [
-        {"stage": "shortlist", "score": hit["similarity"], **hit, "rank": rank} for rank, hit in enumerate(hits, 1)
+        {"stage": "shortlist", "score": hit["similarity"], "probability": None, **hit, "rank": rank}
+        for rank, hit in enumerate(hits, 1)
     ]
 
 

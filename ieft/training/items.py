@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers import BertTokenizer
 
 from ieft.evaluation.metrics import keep_unique_captions
+from ieft.training.phrases import Phrases
 from processing_ieft import to_rgb
 
 MAX_CACHED_BYTES = 256 * 2**20  # resized images of collections up to this size are cached in memory
@@ -120,16 +121,25 @@ class TrainingItems(Dataset):
         augmentation: "randaugment" (two operations of magnitude 9, as published), "turns" (a random flip or quarter
             turn of the dihedral group, for images without a preferred orientation), "crops" (the same, with a random
             crop, brightness, contrast and saturation: for training from scratch on few images), or "none".
+        phrase_probability: how often a caption is replaced by one of its phrases (`ieft.training.phrases`), so that
+            short queries are learnt too. An image whose captions contain a phrase is no negative for it.
+
+    Attributes:
+        texts: all that a row of a batch can be: the captions, then the phrases.
+        text_tokens, text_ids: their token ids, and a number that is equal for equal texts.
 
     Raises:
         ValueError: if some image has fewer than `num_negatives` captions to draw from.
     """
 
     def __init__(
-        self, split, processor, *, num_negatives=15, negatives="distinct", augmentation="randaugment", seed=0
-    ):
+        self, split, processor, *, num_negatives=15, negatives="distinct", augmentation="randaugment",
+        phrase_probability=0.0, seed=0,
+    ):  # fmt: skip
         _check_choice("negatives", negatives, NEGATIVES)
         _check_choice("augmentation", augmentation, AUGMENTATIONS)
+        if not 0 <= phrase_probability <= 1:
+            raise ValueError(f"phrase_probability must be from 0 to 1; got {phrase_probability}.")
         self.images = SplitImages(split, processor)
         captions, self.caption_image, self.caption_text_id = keep_unique_captions(split["captions"])
         self.captions = captions
@@ -141,6 +151,10 @@ class TrainingItems(Dataset):
         self.augmentation = augmentation
         self.seed = seed
         self.image_text_ids = _group_text_ids(self.caption_image, self.caption_text_id, len(split))
+        self.texts, self.text_tokens, self.text_ids = self.captions, self.caption_tokens, self.caption_text_id
+        self.phrase_probability = phrase_probability
+        if phrase_probability:
+            self._add_phrases(processor)
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # shared with persistent workers
         self._check_enough_negatives()
 
@@ -157,31 +171,32 @@ class TrainingItems(Dataset):
         self._epoch[0] = epoch
 
     def __getitem__(self, item):
-        """`pixel_values` (3, S, S), `image` (row) and `captions` (1 + num_negatives,) rows, the own caption first."""
+        """`pixel_values` (3, S, S), `image` (row), `item`, and `captions` (1 + num_negatives,) rows of `texts`, of the
+        own caption or a phrase of it first."""
         generator = np.random.default_rng([self.seed, self.epoch, item])
         image = int(self.caption_image[item])
-        return {
-            "pixel_values": self._augmented(image, generator),
-            "image": image,
-            "captions": np.concatenate([[item], self._draw_negatives(item, image, generator)]).astype(np.int64),
-        }
+        pixel_values = self._augmented(image, generator)
+        rows = np.concatenate([[item], self._draw_negatives(item, image, generator)]).astype(np.int64)
+        if self.phrase_probability:
+            self._put_phrases(rows, image, generator)
+        return {"pixel_values": pixel_values, "image": image, "item": int(item), "captions": rows}
 
     def collate(self, items):
-        """A batch that contains each caption once.
+        """A batch that contains each caption or phrase once.
 
         Returns:
             dict: `pixel_values` (I, 3, S, S); `input_ids` and `attention_mask` (C, L), padded to the longest;
             `candidates` (I, 1 + num_negatives) indices of captions, the own caption first; `is_match` (I, C), True if
-            the image carries the caption's sentence. For gathering batches and for reports: `items` (I,) rows of the
-            own captions; `text_ids` (I,) of the own captions, equal for equal sentences; `image_text_ids` (I, T) of
+            the image carries the caption's sentence. For gathering batches and for reports: `items` (I,) as they were
+            asked for; `text_ids` (I,) of the own captions, equal for equal sentences; `image_text_ids` (I, T) of
             all sentences of each image, padded with -1.
         """
         own = np.array([item["captions"][0] for item in items])
         rows, columns = np.unique(np.stack([item["captions"] for item in items]), return_inverse=True)
-        tokens = [torch.tensor(self.caption_tokens[row]) for row in rows]
+        tokens = [torch.tensor(self.text_tokens[row]) for row in rows]
         input_ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=self.pad_token_id)
         lengths = torch.tensor([len(caption) for caption in tokens])
-        text_ids = self.caption_text_id[rows]
+        text_ids = self.text_ids[rows]
         return {
             "pixel_values": torch.stack([item["pixel_values"] for item in items]),
             "input_ids": input_ids,
@@ -190,8 +205,8 @@ class TrainingItems(Dataset):
             "is_match": torch.from_numpy(
                 np.stack([np.isin(text_ids, self.image_text_ids[item["image"]]) for item in items])
             ),
-            "items": torch.from_numpy(own),
-            "text_ids": torch.from_numpy(self.caption_text_id[own]),
+            "items": torch.tensor([item["item"] for item in items]),
+            "text_ids": torch.from_numpy(self.text_ids[own]),
             "image_text_ids": torch.nn.utils.rnn.pad_sequence(
                 [torch.from_numpy(self.image_text_ids[item["image"]]) for item in items],
                 batch_first=True,
@@ -200,7 +215,7 @@ class TrainingItems(Dataset):
         }
 
     def describe(self, items):
-        """Filename (or row) and caption of each given item."""
+        """Filename (or row) and caption of each given item, whose place a phrase of it may have taken."""
         images = [int(self.caption_image[item]) for item in items]
         names = [f"image {image}" if self.filenames is None else self.filenames[image] for image in images]
         return [{"filename": name, "caption": self.captions[item]} for name, item in zip(names, items, strict=True)]
@@ -228,12 +243,35 @@ class TrainingItems(Dataset):
             drawn = np.concatenate([drawn, more[~np.isin(more, drawn)]])
         return drawn[: self.num_negatives]
 
+    def _add_phrases(self, processor):
+        """Phrases get rows and ids behind those of the captions; one that is some caption as a whole has its id."""
+        phrases = Phrases.from_captions(self.captions, self.caption_image, len(self.image_text_ids))
+        ids = {text.lower(): int(number) for text, number in zip(self.captions, self.caption_text_id, strict=True)}
+        numbers = np.array([ids.setdefault(text, len(self) + row) for row, text in enumerate(phrases.texts)], int)
+        self.caption_phrases = [len(self) + rows for rows in phrases.of_caption]
+        self.image_text_ids = [
+            np.union1d(own, numbers[rows]) for own, rows in zip(self.image_text_ids, phrases.of_image, strict=True)
+        ]
+        self.texts = self.captions + phrases.texts
+        self.text_tokens = self.caption_tokens + tokenize(phrases.texts, processor)
+        self.text_ids = np.concatenate([self.caption_text_id, numbers])
+
+    def _put_phrases(self, rows, image, generator):
+        """Replace some rows by a phrase of the caption, in place; negatives by one that the image does not carry."""
+        for place in np.flatnonzero(generator.random(len(rows)) < self.phrase_probability):
+            phrases = self.caption_phrases[rows[place]]
+            if place:
+                phrases = phrases[~np.isin(self.text_ids[phrases], self.image_text_ids[image])]
+            phrases = phrases[~np.isin(phrases, rows)]
+            if len(phrases):
+                rows[place] = generator.choice(phrases)
+
     def _check_enough_negatives(self):
         if not self.num_negatives:
             return
         own = np.ones(len(self.image_text_ids), dtype=np.int64)
         if self.negatives == "distinct":
-            counts = np.bincount(self.caption_text_id)
+            counts = np.bincount(self.caption_text_id, minlength=1 + max(ids.max() for ids in self.image_text_ids))
             own = np.array([counts[ids].sum() for ids in self.image_text_ids])
         fewest = len(self) - int(own.max(initial=0))
         if fewest < self.num_negatives:

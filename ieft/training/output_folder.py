@@ -17,7 +17,9 @@ from ieft.training.checkpoints import find_damage, find_last_checkpoint, write_j
 logger = logging.get_logger(__name__)
 RECORD, LOCK = ".run.json", ".lock"
 MODEL_FILES = ("config.json", "model*.safetensors", "pytorch_model*.bin")
-RESULT_FILES = ("*_results.json", "eval_datasets.json", "two_stage.json", "ranked.png")
+RESULT_FILES = (
+    "*_results.json", "eval_datasets.json", "two_stage.json", "probability.json", "ranked.png", "reliability.png",
+)  # fmt: skip
 OF_THE_MODEL = ("fit", "first_joint_layer")  # options of an evaluation that a trained model holds
 TRAINING_FILES = (
     *MODEL_FILES, *RESULT_FILES, "checkpoint-*", "README.md", "*_ieft.py", "training.png", "training_args.bin",

@@ -100,6 +100,14 @@ class IeftTrainingArguments(TrainingArguments):
         metadata={"help": "With a teacher: weight of the distillation term (KL divergence) in the ranking loss."},
     )
 
+    do_calibrate: bool = field(
+        default=False,
+        metadata={
+            "help": "Fit the probability of a trained checkpoint's scores on the validation split, and write it into "
+            "the checkpoint's config.json. Training does this at its end."
+        },
+    )
+
     def __post_init__(self):
         super().__post_init__()
         _check_ranges(self)
