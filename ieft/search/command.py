@@ -107,6 +107,14 @@ def build_parser():
         type=int,
         help="processes that read images, besides a thread; by default as many as leave one processor to the network",
     )
+    index.add_argument(
+        "--cluster",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="work on the machines of a Ray cluster, by default the one that `ray start` started; they must see index "
+        "and archive under the same paths or addresses",
+    )
     index.add_argument("--captions", help="a text file, one sentence per line, to be found by `query --image`")
     query = _add_command(commands, "query", query_index, "find images for a sentence, or images similar to an image")
     query.add_argument("caption", nargs="?", help="a sentence")
@@ -211,14 +219,17 @@ def index_archive(args):
     files = find_images(args.archive, unreadable) if args.archive is not None and not catalogue else []
     captions = read_lines(args.captions) if args.captions else []
     root = root_of(args.archive) if files else None
+    if args.cluster and args.num_workers:
+        raise ValueError("--num_workers are processes on this machine: leave it away with --cluster.")
     num_workers = default_workers() if args.num_workers is None else args.num_workers
     if num_workers < 0:
         raise ValueError(f"--num_workers from 0 expected; got {num_workers}.")
     is_remote = catalogue is not None or any(map(is_address, files))
-    with ReadAhead(num_workers if files else 0, threads=THREADS if is_remote else 1) as reader:  # before other threads
+    num_workers = num_workers if files and not args.cluster else 0
+    with ReadAhead(num_workers, threads=THREADS if is_remote else 1) as reader:  # before other threads
         index = open_index(args, create=True, states=args.states, root=root)
         options = {"tile": args.tile, "overlap": args.overlap, "bands": bands}
-        options |= {"reader": reader, "progress": sys.stderr.isatty()}
+        options |= {"reader": reader, "cluster": args.cluster, "progress": sys.stderr.isatty()}
         start = time.perf_counter()
         if catalogue:
             report = add_catalogue(index, catalogue, **of_catalogue, **options)

@@ -161,6 +161,7 @@ class ImageIndex:
                 self._use_root(normalize_root(root))
 
     def _open(self, uri, create, states, storage_options):
+        self.uri, self.storage_options = uri, storage_options
         folder = None if "://" in uri else Path(uri)
         if folder is not None and not (create or folder.is_dir()):
             raise FileNotFoundError(f"No index at {uri}: make one with ieft-search index ARCHIVE --index {uri}.")
@@ -374,7 +375,7 @@ class ImageIndex:
 
     def add(
         self, files, *, tile=None, overlap=None, bands=None, batch_size=ROWS_AT_ONCE, num_workers=0, reader=None,
-        progress=True,
+        cluster=None, progress=True,
     ):  # fmt: skip
         """Embed and add images in batches; rows of changed images are replaced.
 
@@ -389,6 +390,8 @@ class ImageIndex:
                 index on import: its main part stands below `if __name__ == "__main__"`, as for multiprocessing.
             reader: a `ReadAhead` with its workers, instead of `num_workers`; it is ended afterwards. One that was
                 made before `ieft.search.index` was imported works at once, others after some seconds.
+            cluster: address of a Ray cluster whose machines do the work, instead of workers here; "auto" finds the one
+                that `ray start` started. They must see the index and the archive under the same paths or addresses.
             progress: show a bar in images and tiles with the time left.
 
         Returns:
@@ -396,6 +399,10 @@ class ImageIndex:
             For a truncated scene, readable tiles are kept, as are rows of a file that was readable before.
         """
         options = {"tile": tile, "overlap": overlap, "bands": bands, "batch_size": batch_size}
+        if cluster is not None:
+            from ieft.search.cluster import add_images_on_cluster  # imported here: Ray is an extra
+
+            return add_images_on_cluster(self, files, **options, address=cluster, progress=progress)
         return add_images(self, files, **options, num_workers=num_workers, reader=reader, progress=progress)
 
     def update(self, rows):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ieft.data.storage import is_address
 from ieft.search.archive_files import read_place_and_time
 from ieft.search.feature_cache import encode_state
-from ieft.search.filters import is_not_text
+from ieft.search.filters import fetch, is_not_text
 from ieft.search.geography import PLACE_COLUMNS
 from ieft.search.read_ahead import (
     DIED,
@@ -41,49 +41,70 @@ BAR = "Indexing: {percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]"
 
 def add_images(index, files, *, tile, overlap, bands, batch_size, num_workers, reader, progress):
     """`ImageIndex.add`."""
-    if overlap is not None and not tile:
-        raise ValueError("overlap needs tile: it is the overlap of the tiles.")
-    overlap = OVERLAP if overlap is None else overlap
-    if tile:
-        cut_windows(1, 1, tile=tile, overlap=overlap)  # raises errors before any work
-    report = {"added": 0, "unchanged": 0, "unreadable": {}}
-    names = list(dict.fromkeys(index.name_of(file) for file in files))
-    for name in filter(is_not_text, names):
-        report["unreadable"][index.path_of(name)] = "its name is not UTF-8: rename it"
-    names = [name for name in names if not is_not_text(name)]
+    overlap = check_tiles(tile, overlap)
+    names, unreadable = names_in_index(index, files)
+    report = {"added": 0, "unchanged": 0, "unreadable": unreadable}
+    of_images = index.processor.image_processor
     at_once = min(batch_size, FILES_PER_TASK) if tile else batch_size  # a scene may have thousands of rows
     jobs = (
-        (_plan(index, name, rows, tile, overlap, bands), rows)
+        (plan(name, index.path_of(name), rows, of_images, tile=tile, overlap=overlap, bands=bands), rows)
         for first in range(0, len(names), at_once)
-        for name, rows in _look_up(index, names[first : first + at_once]).items()
+        for name, rows in look_up(index.table, names[first : first + at_once]).items()
     )
     threads = THREADS if any(is_address(index.path_of(name)) for name in names) else 1
     with (
         reader or ReadAhead(num_workers, threads=threads) as reader,
         index.network() as network,
         _Writer(index, network, batch_size, report) as writer,
-        _Bar(names, progress) as bar,
+        Bar(len(names), progress) as bar,
     ):
         for job, rows, found in _read_in_order(reader, jobs):
             _add_file(job, rows, found, reader, writer, bar, report)
     return report
 
 
-def _look_up(index, names):
+def check_tiles(tile, overlap):
+    """The overlap to cut tiles with.
+
+    Raises:
+        ValueError: for options that do not fit together.
+    """
+    if overlap is not None and not tile:
+        raise ValueError("overlap needs tile: it is the overlap of the tiles.")
+    overlap = OVERLAP if overlap is None else overlap
+    if tile:
+        cut_windows(1, 1, tile=tile, overlap=overlap)  # raises errors before any work
+    return overlap
+
+
+def names_in_index(index, files):
+    """The name in the index of each file, once; and a dict of file -> reason of those that cannot have one."""
+    names = list(dict.fromkeys(map(index.name_of, files)))
+    unreadable = {index.path_of(name): "its name is not UTF-8: rename it" for name in filter(is_not_text, names)}
+    return [name for name in names if not is_not_text(name)], unreadable
+
+
+def look_up(table, names):
     """The rows that the index holds of each file."""
     columns = ["content", "tiling", "bands", *KEY, "tile_width", "tile_height", "west", "left", "acquired"]
     known = {name: [] for name in names}
-    for row in index.select(any_of(names), columns):
+    for row in fetch(table.search().select(columns), any_of(names)):
         known[row["file"]].append(row)
     return known
 
 
-def _plan(index, name, rows, tile, overlap, bands):
+def plan(name, file, rows, of_images, *, tile, overlap, bands):
+    """The `Job` of a file.
+
+    Args:
+        name, file: in the index, and its path.
+        rows: as from `look_up`.
+        of_images: the image processor.
+    """
     known = frozenset((*_made_of(row), (row["col"], row["row"])) for row in rows)
     cut = (tile, overlap) if tile is not None else _cut_before(known)
     chosen = ",".join(map(str, bands)) if bands else max((made_of[2] for made_of in known), default="")
-    images = index.processor.image_processor
-    return Job(name, index.path_of(name), *cut, chosen, known, images.image_size, images.fit)
+    return Job(name, file, *cut, chosen, known, of_images.image_size, of_images.fit)
 
 
 def _made_of(row):
@@ -122,33 +143,57 @@ def _read_alone(reader, job):
 def _add_file(job, rows, found, reader, writer, bar, report):
     """Hand on what was read of a file, and what is read of it now, to be embedded and written."""
     report["unchanged"] += len(found.unchanged)
-    made_of, error = (found.content, found.tiling, job.bands), None
-    constant = {"file": job.name, "content": found.content, "tiling": found.tiling, "bands": job.bands or None}
-    count = len(found.later) or len(found.rows)
-    for some, error in _parts(job, found, reader):
+    error, count = None, len(found.later) or len(found.rows)
+    for some, error in read_parts(job, found, reader.map):
         for row, square in some:
-            writer.add(row | constant, square)
+            writer.add(row, square)
         bar.add_tiles(len(some), count)
         if error:
             break
     bar.end_file()
-    writer.then(
-        [row for row in rows if _made_of(row) == made_of and _lacks_place(row)],
-        _others(job.name, *made_of) if not error and len(rows) > len(found.unchanged) else None,
-    )
+    writer.then(*what_remains(job, rows, found, error))
     if error:
-        report["unreadable"][job.file] = error + (" (what was indexed of it before is kept)" if rows else "")
+        report["unreadable"][job.file] = why_unreadable(error, rows)
 
 
-def _parts(job, found, reader):
-    """Rows of a file, some at a time, and with each the error that ended them, or None."""
+def why_unreadable(error, rows):
+    """An error, and what it means for the rows that the index holds of the file."""
+    return error + (" (what was indexed of it before is kept)" if rows else "")
+
+
+def what_remains(job, rows, found, error):
+    """What is to be done with rows that the index held of a file before, once its new rows are written.
+
+    Returns:
+        tuple: the rows to add places and times to; an SQL condition for rows to delete, or None.
+    """
+    made_of = (found.content, found.tiling, job.bands)
+    unplaced = [row for row in rows if _made_of(row) == made_of and _lacks_place(row)]
+    return unplaced, _others(job.name, *made_of) if not error and len(rows) > len(found.unchanged) else None
+
+
+def read_parts(job, found, run):
+    """Rows of a file, some at a time, and with each the error that ended them, or None.
+
+    Args:
+        run: such as `itertools.starmap`.
+
+    Yields:
+        tuple: pairs of a row without its vector and an array (side, side, 3); the error.
+    """
+    constant = {"file": job.name, "content": found.content, "tiling": found.tiling, "bands": job.bands or None}
+    for some, error in _parts(job, found, run):
+        yield [(row | constant, square) for row, square in some], error
+
+
+def _parts(job, found, run):
     if not found.later:
         yield found.rows, found.error
     elif found.by_window:
         tasks = (
             (job, windows, found.limits, number == 0) for number, windows in enumerate(group_tiles(job, found.later))
         )
-        for part in reader.map(read_some_tiles, tasks):
+        for part in run(read_some_tiles, tasks):
             yield ((), f"{job.file}: {DIED}") if isinstance(part, BrokenProcessPool) else part
     else:  # what is decoded whole is so once, here
         tiles = read_all_tiles(job, found.later, found.limits)
@@ -170,11 +215,11 @@ def _others(name, content, tiling, bands):
     return f"({any_of([name])} AND ({differs}))"
 
 
-class _Bar:
+class Bar:
     """A progress bar in images, of a scene in its tiles: as a context manager."""
 
-    def __init__(self, names, progress):
-        self.count, self.images, self.tiles = len(names), 0, 0
+    def __init__(self, count, progress):
+        self.count, self.images, self.tiles = count, 0, 0
         self._bar = tqdm(total=self.count, bar_format=BAR, disable=not progress)
 
     def __enter__(self):
@@ -277,7 +322,7 @@ class _Writer:
         if rows:
             write(self.index, rows)
             self.report["added"] += len(rows)
-        _add_places_and_times(self.index, unplaced)
+        add_places_and_times(self.index, unplaced)
         if stale:
             retry(self.index.table.delete, " OR ".join(stale))
 
@@ -311,7 +356,7 @@ def write(index, rows):
     retry(merge.execute, pa.Table.from_pylist(rows, schema=index.table.schema))
 
 
-def _add_places_and_times(index, rows):
+def add_places_and_times(index, rows):
     """Add them to rows that have none: an earlier version read no time, and without rasterio there is no place."""
     of_file = {}
     for row in rows:

@@ -1,0 +1,307 @@
+"""Adding to an index on several machines, by Ray Data.
+
+Files are read by tasks, embedded by actors that hold the network, and written as fragments of the Lance table that
+belong to nobody until this process commits them. A fragment is committed once, whatever was run again because a
+machine was lost; what a killed task had written is never seen, and cleaned up like an old version of the table.
+See https://docs.ray.io/en/latest/data/data.html and https://lance.org/guide/distributed_write.
+"""
+
+import copy
+import json
+import logging
+import os
+import time
+from collections import Counter
+from itertools import starmap
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+try:
+    import lance
+    import ray
+    from lance.fragment import FragmentMetadata, write_fragments
+except ImportError as error:
+    raise ImportError("Indexing on a cluster needs Ray and pylance: pip install 'ieft[cluster]'.") from error
+
+from ieft.search.ingestion import (
+    Bar,
+    add_places_and_times,
+    check_tiles,
+    embed,
+    look_up,
+    names_in_index,
+    plan,
+    read_parts,
+    what_remains,
+    why_unreadable,
+)
+from ieft.search.read_ahead import DIED, read_files
+from ieft.search.tables import IMAGES, retry
+
+FILES_PER_TASK = 64
+ROWS_PER_FRAGMENT, ROWS_WITH_STATES = 2**14, 2**9  # about 16 MB, and 60
+SECONDS_PER_COMMIT = 60  # what a kill of this process costs at most, besides what is under way
+STATEMENTS_AT_ONCE = 100  # conditions of one deletion
+MOST_RETRIES = 3  # of a task whose process or machine died
+SQUARE, REPORT = "square", "report"  # columns beside those of the table: uint8 pixels; JSON about a file
+COMPUTED = ("vector", "state")  # columns by the network
+
+
+def add_images_on_cluster(index, files, *, tile, overlap, bands, batch_size, address, progress):
+    """`ImageIndex.add` with `cluster`."""
+    overlap = check_tiles(tile, overlap)
+    names, unreadable = names_in_index(index, files)
+    report = {"added": 0, "unchanged": 0, "unreadable": unreadable}
+    connect(address)
+    options = {"tile": tile, "overlap": overlap, "bands": bands}
+    left = names
+    with Bar(len(names), progress) as bar:
+        for files_per_task in (FILES_PER_TASK, 1):  # what ends its process is named, and costs no other file
+            with _Committer(index, report, bar) as committer:
+                for part in _run(index, left, options, batch_size, files_per_task):
+                    committer.take(part)
+            left = [name for name in left if name not in committer.done]
+            if not left:
+                return report
+    if len(left) == len(names):
+        raise RuntimeError(
+            "No file could be read on the cluster: Ray's logs, in /tmp/ray/session_latest/logs, say why."
+        )
+    for file in map(index.path_of, left):
+        report["unreadable"][file] = f"{file}: {DIED}"
+    return report
+
+
+def connect(address="auto"):
+    """Connect to the Ray cluster at an address; "auto" is that which `ray start` started here or RAY_ADDRESS names.
+
+    Raises:
+        ConnectionError: if there is none.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(address=address, logging_level="ERROR", namespace="ieft")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ConnectionError(
+            f"A Ray cluster expected at {address}: start one with `ray start --head`, and on each other machine with "
+            f"`ray start --address=HOST:6379`. {reason}"
+        ) from error
+
+
+def _run(index, names, options, batch_size, files_per_task):
+    """Read, embed and write files on the cluster.
+
+    Yields:
+        dict: as `_write` returns them.
+    """
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = -1  # the files of a failed block are tried again alone
+    items = pa.table({"name": names, "file": [index.path_of(name) for name in names]})
+    blocks = [items.slice(first, files_per_task) for first in range(0, len(items), files_per_task)]
+    images = index.processor.image_processor
+    place = {"uri": index.uri, "storage_options": index.storage_options}
+    model = ray.put(copy.deepcopy(index.model).cpu())
+    of_tasks, of_actors = _resources()
+    data = ray.data.from_arrow(blocks)
+    data = data.map_batches(
+        _read,
+        batch_format="pyarrow",
+        batch_size=None,
+        fn_kwargs=place | {"version": index.table.version, "of_images": images, "options": options},
+        ray_remote_args_fn=_retries,
+        **of_tasks,
+    )
+    data = data.map_batches(
+        _Embed,
+        batch_format="pyarrow",
+        batch_size=batch_size,
+        fn_constructor_kwargs=place | {"model": model, "processor": index.processor, "dtype": index.dtype},
+        **of_actors,
+    )
+    data = data.map_batches(
+        _write,
+        batch_format="pyarrow",
+        batch_size=ROWS_PER_FRAGMENT if not index.states else ROWS_WITH_STATES,
+        fn_kwargs=place,
+        num_cpus=0.25,
+        ray_remote_args_fn=_retries,
+    )
+    for row in data.iter_rows():
+        yield json.loads(row["part"])
+
+
+def _retries():
+    return {"max_retries": MOST_RETRIES}
+
+
+def _resources():
+    """For tasks that read, and for actors: these have a GPU each, or where there is none, half of the processors."""
+    there = ray.cluster_resources()
+    processors = there.get("CPU", 1)
+    share = min(1, processors / 4)  # of a small cluster, so that no stage waits for ever for another's processor
+    if gpus := int(there.get("GPU", 0)):
+        return {"num_cpus": share}, {"num_gpus": 1, "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=gpus)}
+    most = max(1, int(processors / share / 2))
+    return {"num_cpus": share}, {"num_cpus": share, "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=most)}
+
+
+def _open_table(uri, storage_options):
+    return lancedb.connect(uri, storage_options=storage_options).open_table(IMAGES)
+
+
+def _read(files, *, uri, storage_options, version, of_images, options):
+    """Yield tables of rows without vectors, with their image in `SQUARE`; and of each file, last, a `REPORT`."""
+    table = _open_table(uri, storage_options)
+    table.checkout(version)  # what is lost and read again must be the same, whatever was committed since
+    schema = _schema_of_tasks(table.schema)
+    paths = dict(zip(files["name"].to_pylist(), files["file"].to_pylist(), strict=True))
+    for name, rows in look_up(table, list(paths)).items():
+        job = plan(name, paths[name], rows, of_images, **options)
+        (found,) = read_files([job])
+        error, count = None, 0
+        for some, error in read_parts(job, found, starmap):
+            new = [row | {SQUARE: square.tobytes()} for row, square in some]
+            count += len(new)
+            yield pa.Table.from_pylist(new, schema=schema)
+            if error:
+                break
+        unplaced, stale = what_remains(job, rows, found, error)
+        report = {"name": name, "rows": count, "unchanged": len(found.unchanged), "unplaced": unplaced, "stale": stale}
+        report |= {"file": job.file, "error": error and why_unreadable(error, rows)}
+        yield _report_row(report, schema)
+
+
+def _report_row(report, schema):
+    """A report as a row, which is never written."""
+    fields = [field for field in schema if not field.nullable]
+    row = {field.name: 0 if pa.types.is_integer(field.type) else "" for field in fields}
+    return pa.Table.from_pylist([row | {REPORT: json.dumps(report, default=str)}], schema=schema)
+
+
+def _schema_of_tasks(schema):
+    """Columns of the table that reading fills, and those that only travel between tasks."""
+    kept = [field.remove_metadata() for field in schema if field.name not in COMPUTED]
+    return pa.schema([*kept, pa.field(SQUARE, pa.binary()), pa.field(REPORT, pa.string())])
+
+
+class _Embed:
+    """Adds the columns that the network computes."""
+
+    def __init__(self, *, uri, storage_options, model, processor, dtype):
+        from ieft.search.index import ImageIndex
+
+        torch.set_num_threads(1)  # an actor on a CPU has one processor
+        model = ray.get(model)
+        self.index = ImageIndex(uri, model, processor=processor, storage_options=storage_options, dtype=dtype)
+        self.fields = [field.remove_metadata() for field in self.index.table.schema if field.name in COMPUTED]
+
+    def __call__(self, rows):
+        has_image = rows[SQUARE].is_valid()
+        reports, rows = rows.filter(pc.invert(has_image)), rows.filter(has_image)
+        try:
+            columns = self._embed(rows[SQUARE].to_pylist()) if len(rows) else []
+        except ValueError as error:  # NaN: of the weights, which no other machine would mend
+            columns, rows = [], rows.slice(0, 0)
+            reports = pa.concat_tables([reports, _report_row({"fatal": str(error)}, reports.schema)])
+        for field in self.fields:
+            rows = rows.append_column(field, pa.array([row[field.name] for row in columns], type=field.type))
+            reports = reports.append_column(field, pa.nulls(len(reports), field.type))
+        return pa.concat_tables([rows, reports]).drop_columns([SQUARE])
+
+    def _embed(self, squares):
+        side = self.index.processor.image_processor.image_size
+        squares = np.stack([np.frombuffer(square, np.uint8).reshape(side, side, 3) for square in squares])
+        with self.index.network() as network:
+            return embed(self.index, network, squares)
+
+
+def _write(rows, *, uri, storage_options):
+    """Write the rows as fragments of the table, which nobody sees before they are committed."""
+    is_report = rows[REPORT].is_valid()
+    reports, new = rows[REPORT].drop_null().to_pylist(), rows.filter(pc.invert(is_report))
+    fragments = []
+    if len(new):
+        dataset = lance.dataset(_open_table(uri, storage_options).uri, storage_options=storage_options)
+        new = new.select(dataset.schema.names).cast(dataset.schema)
+        options = {"mode": "append", "storage_options": storage_options}
+        fragments = write_fragments(new, dataset.uri, schema=dataset.schema, **options)
+    part = {"fragments": [fragment.to_json() for fragment in fragments], "reports": list(map(json.loads, reports))}
+    return pa.table({"part": [json.dumps(part | {"rows": Counter(new["file"].to_pylist())})]})
+
+
+class _Committer:
+    """Commits fragments, some at a time, and at the end changes what was in the index before: as a context manager.
+
+    What has arrived is committed also when an error or the user ends the work.
+
+    Attributes:
+        done: names of the files of which all rows have arrived.
+    """
+
+    def __init__(self, index, report, bar):
+        self.index, self.report, self.bar = index, report, bar
+        self.done = set()
+        self._fragments, self._unplaced, self._stale = [], [], []
+        self._expected, self._arrived = {}, Counter()  # rows of the files that are not done
+        self._last = time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._commit()
+        add_places_and_times(self.index, self._unplaced)
+        for first in range(0, len(self._stale), STATEMENTS_AT_ONCE):
+            conditions = self._stale[first : first + STATEMENTS_AT_ONCE]
+            retry(self.index.table.delete, " OR ".join(conditions))
+
+    def take(self, part):
+        """What a task wrote, as `_write` returns it.
+
+        Raises:
+            ValueError: for what ended the work of a task and would end it anywhere.
+        """
+        self._fragments += part["fragments"]
+        self._arrived.update(part["rows"])
+        self.report["added"] += sum(part["rows"].values())
+        self.bar.add_tiles(sum(part["rows"].values()), 0)
+        for of_file in part["reports"]:
+            if "fatal" in of_file:
+                raise ValueError(of_file["fatal"])
+            self._expected[of_file["name"]] = of_file
+        for name in {*part["rows"], *(of_file["name"] for of_file in part["reports"])}:
+            if name in self._expected and self._arrived[name] == self._expected[name]["rows"]:
+                self._end_file(name, self._expected.pop(name))
+        if time.monotonic() - self._last > SECONDS_PER_COMMIT:
+            self._commit()
+
+    def _end_file(self, name, of_file):
+        self.done.add(name)
+        del self._arrived[name]
+        self.report["unchanged"] += of_file["unchanged"]
+        self._unplaced += of_file["unplaced"]
+        self._stale += filter(None, [of_file["stale"]])
+        if of_file["error"]:
+            self.report["unreadable"][of_file["file"]] = of_file["error"]
+        self.bar.end_file()
+
+    def _commit(self):
+        if self._fragments:
+            retry(_append, self.index, self._fragments)
+        self._fragments, self._last = [], time.monotonic()
+
+
+def _append(index, fragments):
+    options = {"storage_options": index.storage_options}
+    dataset = lance.dataset(index.table.uri, **options)
+    operation = lance.LanceOperation.Append(list(map(FragmentMetadata.from_json, map(json.dumps, fragments))))
+    lance.LanceDataset.commit(dataset.uri, operation, read_version=dataset.version, **options)
