@@ -21,6 +21,7 @@ pytest.importorskip("lance", reason="needs the extra `cluster`")
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from ieft.search import cluster as clusters  # noqa: E402
+from ieft.search import ingestion, read_ahead  # noqa: E402
 from ieft.search.archive_files import find_images  # noqa: E402
 
 # ruff: noqa: F811
@@ -86,10 +87,16 @@ def test_rows_are_those_of_one_process_though_a_node_is_killed(tmp_path, loaded,
     assert_same_rows(many, one)
 
 
-def die_of_a_file(files, **options):
-    """`clusters._read` of a file that ends the process that reads it."""
-    if any("killer" in name for name in files["name"].to_pylist()):
+def die_of_a_file(jobs):
+    """`read_files`, of which a file ends the process."""
+    if any("killer" in job.name for job in jobs):
         os.kill(os.getpid(), signal.SIGKILL)
+    return read_ahead.read_files(jobs)
+
+
+def read_with_a_killer(files, **options):
+    """`clusters._read` with `die_of_a_file`, also where it is imported anew."""
+    ingestion.read_files = die_of_a_file
     yield from READ(files, **options)
 
 
@@ -102,8 +109,7 @@ def test_a_file_that_ends_its_process_is_named_and_costs_no_other(tmp_path, load
     Image.new("RGB", (48, 48)).save(archive / "killer.png")
     one, many = create(tmp_path / "one", loaded), create(tmp_path / "many", loaded)
     expected = one.add(files, progress=False)
-    monkeypatch.setattr(clusters, "_read", die_of_a_file)
-    monkeypatch.setattr(clusters, "MOST_RETRIES", 1)
+    monkeypatch.setattr(clusters, "_read", read_with_a_killer)
     report = many.add([*files, archive / "killer.png"], progress=False, cluster=nodes.address)
     assert list(report["unreadable"]) == [str(archive / "killer.png")]
     assert "the process that read it died" in report["unreadable"][str(archive / "killer.png")]

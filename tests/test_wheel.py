@@ -4,6 +4,7 @@ import ast
 import configparser
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from test_hub_code import saved  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 PACKAGE_OF = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "pystac_client": "pystac-client",
-              "yaml": "pyyaml"}  # fmt: skip
+              "lance": "pylance", "yaml": "pyyaml"}  # fmt: skip
 USE_WHEEL = """
 import json, sys
 import ieft, ieft.hub
@@ -48,9 +49,9 @@ def test_every_package_that_is_imported_is_declared_with_a_lowest_version():
     setup.read(ROOT / "setup.cfg")
     parts = [
         setup["options"]["install_requires"],
-        *(setup["options.extras_require"][name] for name in ("search", "geo", "app", "stac")),
+        *(setup["options.extras_require"][name] for name in ("search", "geo", "app", "stac", "cluster")),
     ]
-    declared = {line.split(">=")[0].lower() for part in parts for line in part.split() if ">=" in line}
+    declared = {re.split(r"\[|>=", line)[0].lower() for part in parts for line in part.split() if ">=" in line}
     assert {name: files for name, files in imported_packages().items() if name not in declared} == {}
 
 

@@ -12,7 +12,6 @@ import logging
 import os
 import time
 from collections import Counter
-from itertools import starmap
 
 import lancedb
 import numpy as np
@@ -23,10 +22,12 @@ import torch
 try:
     import lance
     import ray
+    import ray.data
     from lance.fragment import FragmentMetadata, write_fragments
 except ImportError as error:
     raise ImportError("Indexing on a cluster needs Ray and pylance: pip install 'ieft[cluster]'.") from error
 
+from ieft.data.storage import is_address
 from ieft.search.ingestion import (
     Bar,
     add_places_and_times,
@@ -35,18 +36,18 @@ from ieft.search.ingestion import (
     look_up,
     names_in_index,
     plan,
+    read_in_order,
     read_parts,
     what_remains,
     why_unreadable,
 )
-from ieft.search.read_ahead import DIED, read_files
+from ieft.search.read_ahead import THREADS, ReadAhead
 from ieft.search.tables import IMAGES, retry
 
 FILES_PER_TASK = 64
 ROWS_PER_FRAGMENT, ROWS_WITH_STATES = 2**14, 2**9  # about 16 MB, and 60
 SECONDS_PER_COMMIT = 60  # what a kill of this process costs at most, besides what is under way
 STATEMENTS_AT_ONCE = 100  # conditions of one deletion
-MOST_RETRIES = 3  # of a task whose process or machine died
 SQUARE, REPORT = "square", "report"  # columns beside those of the table: uint8 pixels; JSON about a file
 COMPUTED = ("vector", "state")  # columns by the network
 
@@ -58,21 +59,12 @@ def add_images_on_cluster(index, files, *, tile, overlap, bands, batch_size, add
     report = {"added": 0, "unchanged": 0, "unreadable": unreadable}
     connect(address)
     options = {"tile": tile, "overlap": overlap, "bands": bands}
-    left = names
-    with Bar(len(names), progress) as bar:
-        for files_per_task in (FILES_PER_TASK, 1):  # what ends its process is named, and costs no other file
-            with _Committer(index, report, bar) as committer:
-                for part in _run(index, left, options, batch_size, files_per_task):
-                    committer.take(part)
-            left = [name for name in left if name not in committer.done]
-            if not left:
-                return report
-    if len(left) == len(names):
-        raise RuntimeError(
-            "No file could be read on the cluster: Ray's logs, in /tmp/ray/session_latest/logs, say why."
-        )
-    for file in map(index.path_of, left):
-        report["unreadable"][file] = f"{file}: {DIED}"
+    with Bar(len(names), progress) as bar, _Committer(index, report, bar) as committer:
+        try:
+            for row in _run(index, names, options, batch_size).iter_rows() if names else ():
+                committer.take(json.loads(row["part"]))
+        except ray.exceptions.RayTaskError as error:
+            raise ValueError(f"A task on the cluster failed: {str(error.cause).strip()}") from error
     return report
 
 
@@ -95,62 +87,47 @@ def connect(address="auto"):
         ) from error
 
 
-def _run(index, names, options, batch_size, files_per_task):
-    """Read, embed and write files on the cluster.
-
-    Yields:
-        dict: as `_write` returns them.
-    """
+def _run(index, names, options, batch_size):
+    """A dataset of what `_write` returns, which is computed as it is read."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.max_errored_blocks = -1  # the files of a failed block are tried again alone
-    items = pa.table({"name": names, "file": [index.path_of(name) for name in names]})
-    blocks = [items.slice(first, files_per_task) for first in range(0, len(items), files_per_task)]
-    images = index.processor.image_processor
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    files = pa.table({"name": names, "file": [index.path_of(name) for name in names]})
+    blocks = [files.slice(first, FILES_PER_TASK) for first in range(0, len(files), FILES_PER_TASK)]
     place = {"uri": index.uri, "storage_options": index.storage_options}
-    model = ray.put(copy.deepcopy(index.model).cpu())
+    network = ray.put((copy.deepcopy(index.model).cpu(), index.processor, index.dtype))
+    of_read = {"version": index.table.version, "of_images": index.processor.image_processor, "options": options}
     of_tasks, of_actors = _resources()
-    data = ray.data.from_arrow(blocks)
-    data = data.map_batches(
+    data = ray.data.from_arrow(blocks).map_batches(
         _read,
         batch_format="pyarrow",
         batch_size=None,
-        fn_kwargs=place | {"version": index.table.version, "of_images": images, "options": options},
-        ray_remote_args_fn=_retries,
+        fn_kwargs=place | of_read | {"starts": _Starts.remote()},
         **of_tasks,
     )
     data = data.map_batches(
         _Embed,
         batch_format="pyarrow",
         batch_size=batch_size,
-        fn_constructor_kwargs=place | {"model": model, "processor": index.processor, "dtype": index.dtype},
+        fn_constructor_kwargs=place | {"network": network},
         **of_actors,
     )
-    data = data.map_batches(
+    return data.map_batches(
         _write,
         batch_format="pyarrow",
-        batch_size=ROWS_PER_FRAGMENT if not index.states else ROWS_WITH_STATES,
+        batch_size=ROWS_WITH_STATES if index.states else ROWS_PER_FRAGMENT,
         fn_kwargs=place,
         num_cpus=0.25,
-        ray_remote_args_fn=_retries,
     )
-    for row in data.iter_rows():
-        yield json.loads(row["part"])
-
-
-def _retries():
-    return {"max_retries": MOST_RETRIES}
 
 
 def _resources():
-    """For tasks that read, and for actors: these have a GPU each, or where there is none, half of the processors."""
+    """Of tasks that read, and of actors: these have a GPU each, or where there is none, a processor."""
     there = ray.cluster_resources()
     processors = there.get("CPU", 1)
     share = min(1, processors / 4)  # of a small cluster, so that no stage waits for ever for another's processor
     if gpus := int(there.get("GPU", 0)):
         return {"num_cpus": share}, {"num_gpus": 1, "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=gpus)}
-    most = max(1, int(processors / share / 2))
+    most = max(1, int(processors / share) - 1)
     return {"num_cpus": share}, {"num_cpus": share, "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=most)}
 
 
@@ -158,26 +135,48 @@ def _open_table(uri, storage_options):
     return lancedb.connect(uri, storage_options=storage_options).open_table(IMAGES)
 
 
-def _read(files, *, uri, storage_options, version, of_images, options):
+@ray.remote(num_cpus=0)
+class _Starts:
+    """Counts how often each task has begun: Ray runs it again when its process or its machine died."""
+
+    def __init__(self):
+        self._counts = Counter()
+
+    def add(self, task):
+        self._counts[task] += 1
+        return self._counts[task]
+
+
+def _read(files, *, uri, storage_options, version, of_images, options, starts):
     """Yield tables of rows without vectors, with their image in `SQUARE`; and of each file, last, a `REPORT`."""
     table = _open_table(uri, storage_options)
     table.checkout(version)  # what is lost and read again must be the same, whatever was committed since
     schema = _schema_of_tasks(table.schema)
     paths = dict(zip(files["name"].to_pylist(), files["file"].to_pylist(), strict=True))
-    for name, rows in look_up(table, list(paths)).items():
-        job = plan(name, paths[name], rows, of_images, **options)
-        (found,) = read_files([job])
-        error, count = None, 0
-        for some, error in read_parts(job, found, starmap):
-            new = [row | {SQUARE: square.tobytes()} for row, square in some]
-            count += len(new)
-            yield pa.Table.from_pylist(new, schema=schema)
-            if error:
-                break
-        unplaced, stale = what_remains(job, rows, found, error)
-        report = {"name": name, "rows": count, "unchanged": len(found.unchanged), "unplaced": unplaced, "stale": stale}
-        report |= {"file": job.file, "error": error and why_unreadable(error, rows)}
-        yield _report_row(report, schema)
+    jobs = (
+        (plan(name, paths[name], rows, of_images, **options), rows)
+        for name, rows in look_up(table, list(paths)).items()
+    )
+    # A file may have ended the process: in a process of its own it is named, and ends no more.
+    num_workers = 1 if ray.get(starts.add.remote(next(iter(paths)))) > 1 else 0
+    threads = THREADS if any(map(is_address, paths.values())) else 1
+    with ReadAhead(num_workers, threads=threads) as reader:
+        reader.wait_for_processes()
+        for job, rows, found in read_in_order(reader, jobs):
+            for some, error in read_parts(job, found, reader.map):
+                yield pa.Table.from_pylist([row | {SQUARE: square.tobytes()} for row, square in some], schema=schema)
+                if error:
+                    break
+            unplaced, stale = what_remains(job, rows, found, error)
+            report = {"unchanged": len(found.unchanged), "unplaced": unplaced, "stale": stale}
+            report |= {"file": job.file, "error": error and why_unreadable(error, rows)}
+            yield _report_row(report, schema)
+
+
+def _schema_of_tasks(schema):
+    """Columns of the table that reading fills, and those that only travel between tasks."""
+    kept = [field.remove_metadata() for field in schema if field.name not in COMPUTED]
+    return pa.schema([*kept, pa.field(SQUARE, pa.binary()), pa.field(REPORT, pa.string())])
 
 
 def _report_row(report, schema):
@@ -187,31 +186,21 @@ def _report_row(report, schema):
     return pa.Table.from_pylist([row | {REPORT: json.dumps(report, default=str)}], schema=schema)
 
 
-def _schema_of_tasks(schema):
-    """Columns of the table that reading fills, and those that only travel between tasks."""
-    kept = [field.remove_metadata() for field in schema if field.name not in COMPUTED]
-    return pa.schema([*kept, pa.field(SQUARE, pa.binary()), pa.field(REPORT, pa.string())])
-
-
 class _Embed:
     """Adds the columns that the network computes."""
 
-    def __init__(self, *, uri, storage_options, model, processor, dtype):
+    def __init__(self, *, uri, storage_options, network):
         from ieft.search.index import ImageIndex
 
         torch.set_num_threads(1)  # an actor on a CPU has one processor
-        model = ray.get(model)
+        model, processor, dtype = ray.get(network)
         self.index = ImageIndex(uri, model, processor=processor, storage_options=storage_options, dtype=dtype)
         self.fields = [field.remove_metadata() for field in self.index.table.schema if field.name in COMPUTED]
 
     def __call__(self, rows):
         has_image = rows[SQUARE].is_valid()
         reports, rows = rows.filter(pc.invert(has_image)), rows.filter(has_image)
-        try:
-            columns = self._embed(rows[SQUARE].to_pylist()) if len(rows) else []
-        except ValueError as error:  # NaN: of the weights, which no other machine would mend
-            columns, rows = [], rows.slice(0, 0)
-            reports = pa.concat_tables([reports, _report_row({"fatal": str(error)}, reports.schema)])
+        columns = self._embed(rows[SQUARE].to_pylist()) if len(rows) else []
         for field in self.fields:
             rows = rows.append_column(field, pa.array([row[field.name] for row in columns], type=field.type))
             reports = reports.append_column(field, pa.nulls(len(reports), field.type))
@@ -226,73 +215,54 @@ class _Embed:
 
 def _write(rows, *, uri, storage_options):
     """Write the rows as fragments of the table, which nobody sees before they are committed."""
-    is_report = rows[REPORT].is_valid()
-    reports, new = rows[REPORT].drop_null().to_pylist(), rows.filter(pc.invert(is_report))
+    reports, new = rows[REPORT].drop_null().to_pylist(), rows.filter(pc.is_null(rows[REPORT]))
     fragments = []
     if len(new):
         dataset = lance.dataset(_open_table(uri, storage_options).uri, storage_options=storage_options)
         new = new.select(dataset.schema.names).cast(dataset.schema)
         options = {"mode": "append", "storage_options": storage_options}
         fragments = write_fragments(new, dataset.uri, schema=dataset.schema, **options)
-    part = {"fragments": [fragment.to_json() for fragment in fragments], "reports": list(map(json.loads, reports))}
-    return pa.table({"part": [json.dumps(part | {"rows": Counter(new["file"].to_pylist())})]})
+    part = {"rows": len(new), "reports": list(map(json.loads, reports))}
+    return pa.table({"part": [json.dumps(part | {"fragments": [found.to_json() for found in fragments]})]})
 
 
 class _Committer:
     """Commits fragments, some at a time, and at the end changes what was in the index before: as a context manager.
 
     What has arrived is committed also when an error or the user ends the work.
-
-    Attributes:
-        done: names of the files of which all rows have arrived.
     """
 
     def __init__(self, index, report, bar):
         self.index, self.report, self.bar = index, report, bar
-        self.done = set()
         self._fragments, self._unplaced, self._stale = [], [], []
-        self._expected, self._arrived = {}, Counter()  # rows of the files that are not done
         self._last = time.monotonic()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, *error):
         self._commit()
+        if kind is not None:  # rows of some files may not have come: the next run deletes what they replace
+            return
         add_places_and_times(self.index, self._unplaced)
         for first in range(0, len(self._stale), STATEMENTS_AT_ONCE):
             conditions = self._stale[first : first + STATEMENTS_AT_ONCE]
             retry(self.index.table.delete, " OR ".join(conditions))
 
     def take(self, part):
-        """What a task wrote, as `_write` returns it.
-
-        Raises:
-            ValueError: for what ended the work of a task and would end it anywhere.
-        """
+        """What `_write` returned."""
         self._fragments += part["fragments"]
-        self._arrived.update(part["rows"])
-        self.report["added"] += sum(part["rows"].values())
-        self.bar.add_tiles(sum(part["rows"].values()), 0)
+        self.report["added"] += part["rows"]
+        self.bar.add_tiles(part["rows"], 0)
         for of_file in part["reports"]:
-            if "fatal" in of_file:
-                raise ValueError(of_file["fatal"])
-            self._expected[of_file["name"]] = of_file
-        for name in {*part["rows"], *(of_file["name"] for of_file in part["reports"])}:
-            if name in self._expected and self._arrived[name] == self._expected[name]["rows"]:
-                self._end_file(name, self._expected.pop(name))
+            self.report["unchanged"] += of_file["unchanged"]
+            self._unplaced += of_file["unplaced"]
+            self._stale += filter(None, [of_file["stale"]])
+            if of_file["error"]:
+                self.report["unreadable"][of_file["file"]] = of_file["error"]
+            self.bar.end_file()
         if time.monotonic() - self._last > SECONDS_PER_COMMIT:
             self._commit()
-
-    def _end_file(self, name, of_file):
-        self.done.add(name)
-        del self._arrived[name]
-        self.report["unchanged"] += of_file["unchanged"]
-        self._unplaced += of_file["unplaced"]
-        self._stale += filter(None, [of_file["stale"]])
-        if of_file["error"]:
-            self.report["unreadable"][of_file["file"]] = of_file["error"]
-        self.bar.end_file()
 
     def _commit(self):
         if self._fragments:
@@ -303,5 +273,5 @@ class _Committer:
 def _append(index, fragments):
     options = {"storage_options": index.storage_options}
     dataset = lance.dataset(index.table.uri, **options)
-    operation = lance.LanceOperation.Append(list(map(FragmentMetadata.from_json, map(json.dumps, fragments))))
+    operation = lance.LanceOperation.Append([FragmentMetadata.from_json(json.dumps(found)) for found in fragments])
     lance.LanceDataset.commit(dataset.uri, operation, read_version=dataset.version, **options)

@@ -58,7 +58,7 @@ def add_images(index, files, *, tile, overlap, bands, batch_size, num_workers, r
         _Writer(index, network, batch_size, report) as writer,
         Bar(len(names), progress) as bar,
     ):
-        for job, rows, found in _read_in_order(reader, jobs):
+        for job, rows, found in read_in_order(reader, jobs):
             _add_file(job, rows, found, reader, writer, bar, report)
     return report
 
@@ -118,7 +118,7 @@ def _cut_before(known):
     return (int(tile), float(overlap)) if tile else (None, 0)
 
 
-def _read_in_order(reader, jobs):
+def read_in_order(reader, jobs):
     """Yield each job, the rows that the index holds of its file, and the `FileRead`."""
     waiting = []
 

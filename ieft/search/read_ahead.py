@@ -181,6 +181,11 @@ class ReadAhead:
         for executor in filter(None, (self._thread, self._processes)):
             executor.shutdown(wait=False, cancel_futures=True)
 
+    def wait_for_processes(self):
+        """Wait until the worker processes are up, so that no task runs in this one."""
+        if self._is_ready is not None:
+            self._is_ready.exception()
+
     def map(self, function, tasks, ahead=1):
         """Yield function(*task) for each task, in order.
 
