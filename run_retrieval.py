@@ -31,6 +31,7 @@ from ieft.data.downloads import is_url
 from ieft.data.duplicates import find_copies, make_thumbnail
 from ieft.data.invalid_examples import BadRowsError, save_bad_rows
 from ieft.evaluation.calibration import MOST_SENTENCES, fit_probability, judge_probability, shown_pairs
+from ieft.evaluation.embedders import full_name, load_embedder
 from ieft.evaluation.report import (
     ranked_sheet,
     recall_table,
@@ -151,7 +152,7 @@ DECIDES_TRAINING = (
 DECIDES_EVALUATION = (
     "model_name_or_path", "dataset_name", "data_dir", "image_column", "caption_column", "bands", "protocol",
     "on_bad_rows", "max_eval_samples", "max_predict_samples", "fit", "first_joint_layer", "rerank_top_k",
-    "eval_datasets",
+    "eval_datasets", "embedder",
 )  # fmt: skip
 # Option -> stages, at least one of which must run for the option to have an effect.
 NEEDED_STAGES = {
@@ -301,7 +302,15 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Also evaluate two-stage retrieval on the test split: this many candidates by embedding, "
-            "re-ranked by the network. Needs contrastive heads."
+            "re-ranked by the network. Needs contrastive heads or --embedder."
+        },
+    )
+    embedder: str | None = field(
+        default=None,
+        metadata={
+            "help": "What embeds for --rerank_top_k and mines for --batches embedder, instead of the network's own "
+            "heads: a CLIP or SigLIP of transformers (folder or user/name), or of open_clip hf-hub:user/name or "
+            "ARCHITECTURE:FILE such as ViT-B-32:RemoteCLIP-ViT-B-32.pt."
         },
     )
     selection_cost: float = field(
@@ -348,10 +357,17 @@ def run(model_args, data_args, args, folder, checkpoint, push):
         splits, bad_rows = load_splits(data_args, args)
         others = load_others(data_args, splits, args.seed)
     model, processor = load_model(model_args, args, splits["train"]["captions"])
-    if data_args.rerank_top_k and not model.config.contrastive_dim:
-        raise ValueError("--rerank_top_k needs contrastive heads: train with --contrastive_weight 1.")
+    if data_args.rerank_top_k and not (model.config.contrastive_dim or data_args.embedder):
+        raise ValueError(
+            "--rerank_top_k needs contrastive heads: train with --contrastive_weight 1, or pass --embedder, such as a "
+            "CLIP."
+        )
     teacher = load_teacher(model_args, args, model, processor)
-    trainer = make_trainer(model, processor, splits, data_args, args, teacher)
+    embedder = None
+    if data_args.embedder:
+        with args.main_process_first(desc="loading the embedder"):
+            embedder = load_embedder(data_args.embedder, device="cpu")  # moved where and when it computes
+    trainer = make_trainer(model, processor, splits, data_args, args, teacher, embedder)
     validation = trainer.eval_dataset
     if args.do_train:
         selection = select_validation(trainer, processor, splits, data_args, args)
@@ -370,7 +386,7 @@ def run(model_args, data_args, args, folder, checkpoint, push):
         save_results(trainer, "eval", trainer.evaluate(validation), data_args)
     results = predict(trainer, processor, splits["test"], data_args, len(bad_rows)) if args.do_predict else None
     if args.do_predict and data_args.rerank_top_k:
-        results["two_stage"] = judge_two_stage(trainer, processor, splits, results, data_args)
+        results["two_stage"] = judge_two_stage(trainer, processor, splits, results, data_args, embedder)
     if args.do_predict and others:
         results["eval_datasets"] = rank_others(trainer, processor, others, data_args)
     is_calibrated = model.config.calibration_scale is not None
@@ -474,6 +490,11 @@ def check_options(given, stages):
                     f"--{name} applies to a new network, but --model_name_or_path starts from a checkpoint "
                     "with its own. Pass only one of the two."
                 )
+    mines = given.get("batches") == "embedder" and "do_train" in stages
+    if "embedder" in given and not mines and "rerank_top_k" not in given:
+        raise ValueError("--embedder has no effect without --rerank_top_k or --batches embedder.")
+    if mines and "embedder" not in given:
+        raise ValueError("--batches embedder needs --embedder, such as a CLIP, whose mistakes fill the batches.")
     if "contrastive_dim" in given and given.get("contrastive_weight") == 0:
         raise ValueError("--contrastive_dim has no effect without the contrastive loss: pass --contrastive_weight 1.")
     if given.get("push_to_hub") and not given.get("hub_model_id"):
@@ -540,13 +561,16 @@ def deciding_options(model_args, data_args, args):
         if options[name] and Path(options[name]).exists():
             options[name] = str(Path(options[name]).resolve())
     options |= {name: str(options[name].value) for name in DECIDES_TRAINING if hasattr(options[name], "value")}
-    training = {name: options[name] for name in DECIDES_TRAINING} if args.do_train else None
+    if options["embedder"]:
+        options["embedder"] = full_name(options["embedder"])
+    decides_training = DECIDES_TRAINING + (("embedder",) if options["batches"] == "embedder" else ())
+    training = {name: options[name] for name in decides_training} if args.do_train else None
     evaluation = {name: options[name] for name in DECIDES_EVALUATION} | {"seed": args.seed}
     for stage, name in (("do_eval", "max_eval_samples"), ("do_predict", "max_predict_samples")):
         if not getattr(args, stage):
             del evaluation[name]
-    for name in ("rerank_top_k", "eval_datasets"):
-        if not options[name]:  # then its results are not written
+    for name in ("rerank_top_k", "eval_datasets", "embedder"):
+        if not options[name] or name == "embedder" and not options["rerank_top_k"]:  # its results are not written
             del evaluation[name]
     if args.do_train:
         evaluation |= dict.fromkeys(OF_THE_MODEL)  # those of the model in this folder
@@ -707,7 +731,7 @@ def load_teacher(model_args, args, model, processor):
     return teacher
 
 
-def make_trainer(model, processor, splits, data_args, args, teacher=None):
+def make_trainer(model, processor, splits, data_args, args, teacher=None, embedder=None):
     """The trainer with its training items and validation set."""
     items = None
     if args.do_train:
@@ -721,7 +745,7 @@ def make_trainer(model, processor, splits, data_args, args, teacher=None):
             seed=args.seed,
         )
     validation = EvaluationSet.from_split(splits["validation"], processor)
-    options = {"eval_dataset": validation, "processing_class": processor, "teacher": teacher}
+    options = {"eval_dataset": validation, "processing_class": processor, "teacher": teacher, "embedder": embedder}
     return IeftTrainer(model, args, train_dataset=items, **options)
 
 
@@ -771,17 +795,20 @@ def predict(trainer, processor, test, data_args, num_bad_rows):
     return results
 
 
-def judge_two_stage(trainer, processor, splits, results, data_args):
+def judge_two_stage(trainer, processor, splits, results, data_args, embedder=None):
     """Compare two-stage retrieval with the exhaustive `results`: a printed table, and `two_stage.json`.
 
-    The weight of the similarity relative to the matching score is chosen on the validation split.
+    Shortlists are made by `embedder`, or else by the network's own heads. The weight of the similarity relative to the
+    matching score is chosen on the validation split.
     """
     model, options = trainer.accelerator.unwrap_model(trainer.model), trainer.ranking_options()
+    options |= {"embedder": embedder.to(trainer.args.device)} if embedder else {}
     sets = {name: EvaluationSet.from_split(splits[name], processor) for name in ("validation", "test")}
     shortlists = {name: make_shortlists(model, each, data_args.rerank_top_k, **options) for name, each in sets.items()}
     weight = choose_similarity_weight(shortlists["validation"], sets["validation"])
     judged = compare_stages(shortlists["test"], sets["test"], similarity_weight=weight)
     judged |= {"rerank_top_k": data_args.rerank_top_k, "exhaustive": results}
+    judged |= {"embedder": embedder.name, "embedder_fingerprint": embedder.fingerprint} if embedder else {}
     if trainer.is_world_process_zero():
         write_json(Path(trainer.args.output_dir) / "two_stage.json", judged)
         print(two_stage_table(judged))

@@ -14,8 +14,8 @@ import pytest
 from test_hub_code import saved  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
-PACKAGE_OF = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "pystac_client": "pystac-client",
-              "lance": "pylance", "yaml": "pyyaml"}  # fmt: skip
+PACKAGE_OF = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "lance": "pylance",
+              "open_clip": "open_clip_torch", "pystac_client": "pystac-client", "yaml": "pyyaml"}  # fmt: skip
 USE_WHEEL = """
 import json, sys
 import ieft, ieft.hub
@@ -49,7 +49,7 @@ def test_every_package_that_is_imported_is_declared_with_a_lowest_version():
     setup.read(ROOT / "setup.cfg")
     parts = [
         setup["options"]["install_requires"],
-        *(setup["options.extras_require"][name] for name in ("search", "geo", "app", "stac", "cluster")),
+        *(setup["options.extras_require"][name] for name in ("search", "geo", "app", "openclip", "stac", "cluster")),
     ]
     declared = {re.split(r"\[|>=", line)[0].lower() for part in parts for line in part.split() if ">=" in line}
     assert {name: files for name, files in imported_packages().items() if name not in declared} == {}

@@ -143,8 +143,8 @@ def two_stage_table(judged):
     Recalls at k are strict; the mean recall is given strict and duplicate-aware.
 
     Args:
-        judged: as `ieft.evaluation.two_stage.compare_stages` gives it, with `rerank_top_k` and the recalls of the
-            `exhaustive` matrix.
+        judged: as `ieft.evaluation.two_stage.compare_stages` gives it, with `rerank_top_k`, the recalls of the
+            `exhaustive` matrix, and `embedder`, the name of one of another library.
     """
     fused = f"fused, weight {judged['similarity_weight']:g}"
     rows = {"shortlist": "shortlist", "re-ranked": "re_ranked", fused: "fused", "exhaustive": "exhaustive"}
@@ -164,6 +164,7 @@ def two_stage_table(judged):
         f"{'shortlist ceiling':19}{judged['ceiling_ir']:18.1f}{judged['ceiling_tr']:20.1f}",
         f"{judged['pairs']:,} of {judged['pairs_exhaustive']:,} pairs scored, {fewer:.1f} times fewer; {seconds}",
     ]
+    lines += [f"shortlist by {judged['embedder']}"] if "embedder" in judged else []
     return "\n".join(lines)
 
 

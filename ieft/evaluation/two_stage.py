@@ -42,14 +42,19 @@ class Shortlists:
     seconds: dict
 
 
-def make_shortlists(model, evaluation_set, top_k, **options):
+def make_shortlists(model, evaluation_set, top_k, *, embedder=None, **options):
     """Embed a set, keep the `top_k` nearest of each query both ways, and score those pairs once.
 
     Args:
+        embedder: an `ieft.evaluation.embedders.Embedder` instead of the model's contrastive heads.
         options: as `ieft.evaluation.ranking.score_pairs`.
     """
     start = time.perf_counter()
-    similarity = embed_and_compare(model, evaluation_set.images, evaluation_set.caption_tokens)
+    if embedder is None:
+        similarity = embed_and_compare(model, evaluation_set.images, evaluation_set.caption_tokens)
+    else:
+        images = map(evaluation_set.images.image, range(len(evaluation_set.images)))
+        similarity = embedder.compare(images, evaluation_set.captions)
     of_captions, of_images = nearest(similarity.T, top_k).T, nearest(similarity, top_k)
     embedded = time.perf_counter()
     pairs = np.argwhere(of_captions | of_images)

@@ -48,7 +48,7 @@ FILES_PER_TASK = 64
 ROWS_PER_FRAGMENT, ROWS_WITH_STATES = 2**14, 2**9  # about 16 MB, and 60
 SECONDS_PER_COMMIT = 60  # what a kill of this process costs at most, besides what is under way
 STATEMENTS_AT_ONCE = 100  # conditions of one deletion
-SQUARE, REPORT = "square", "report"  # columns beside those of the table: uint8 pixels; JSON about a file
+SQUARE, REPORT = "square", "report"  # columns beside those of the table: prepared pixels; JSON about a file
 COMPUTED = ("vector", "state")  # columns by the network
 
 
@@ -94,8 +94,11 @@ def _run(index, names, options, batch_size):
     files = pa.table({"name": names, "file": [index.path_of(name) for name in names]})
     blocks = [files.slice(first, FILES_PER_TASK) for first in range(0, len(files), FILES_PER_TASK)]
     place = {"uri": index.uri, "storage_options": index.storage_options}
-    network = ray.put((copy.deepcopy(index.model).cpu(), index.processor, index.dtype))
-    of_read = {"version": index.table.version, "of_images": index.processor.image_processor, "options": options}
+    embedder = copy.deepcopy(index.embedder)
+    if embedder:
+        embedder.to("cpu")
+    network = ray.put((copy.deepcopy(index.model).cpu(), index.processor, index.dtype, embedder))
+    of_read = {"version": index.table.version, "prepared": index.prepared, "options": options}
     of_tasks, of_actors = _resources()
     data = ray.data.from_arrow(blocks).map_batches(
         _read,
@@ -147,14 +150,14 @@ class _Starts:
         return self._counts[task]
 
 
-def _read(files, *, uri, storage_options, version, of_images, options, starts):
+def _read(files, *, uri, storage_options, version, prepared, options, starts):
     """Yield tables of rows without vectors, with their image in `SQUARE`; and of each file, last, a `REPORT`."""
     table = _open_table(uri, storage_options)
     table.checkout(version)  # what is lost and read again must be the same, whatever was committed since
     schema = _schema_of_tasks(table.schema)
     paths = dict(zip(files["name"].to_pylist(), files["file"].to_pylist(), strict=True))
     jobs = (
-        (plan(name, paths[name], rows, of_images, **options), rows)
+        (plan(name, paths[name], rows, prepared, **options), rows)
         for name, rows in look_up(table, list(paths)).items()
     )
     # A file may have ended the process: in a process of its own it is named, and ends no more.
@@ -193,8 +196,9 @@ class _Embed:
         from ieft.search.index import ImageIndex
 
         torch.set_num_threads(1)  # an actor on a CPU has one processor
-        model, processor, dtype = ray.get(network)
-        self.index = ImageIndex(uri, model, processor=processor, storage_options=storage_options, dtype=dtype)
+        model, processor, dtype, embedder = ray.get(network)
+        options = {"storage_options": storage_options, "dtype": dtype, "embedder": embedder}
+        self.index = ImageIndex(uri, model, processor=processor, **options)
         self.fields = [field.remove_metadata() for field in self.index.table.schema if field.name in COMPUTED]
 
     def __call__(self, rows):
@@ -207,8 +211,9 @@ class _Embed:
         return pa.concat_tables([rows, reports]).drop_columns([SQUARE])
 
     def _embed(self, squares):
-        side = self.index.processor.image_processor.image_size
-        squares = np.stack([np.frombuffer(square, np.uint8).reshape(side, side, 3) for square in squares])
+        side = self.index.prepared["side"]
+        kind, shape = (np.float32, (3, side, side)) if self.index.embedder else (np.uint8, (side, side, 3))
+        squares = np.stack([np.frombuffer(square, kind).reshape(shape) for square in squares])
         with self.index.network() as network:
             return embed(self.index, network, squares)
 

@@ -163,8 +163,18 @@ def build_parser():
 def _add_command(commands, name, function, text):
     command = commands.add_parser(name, help=text)
     command.set_defaults(command=function)
-    command.add_argument("--model", required=True, help="folder or Hub id of a checkpoint with contrastive heads")
+    command.add_argument(
+        "--model",
+        required=True,
+        help="folder or Hub id of a checkpoint, with contrastive heads unless the index has another embedder",
+    )
     command.add_argument("--index", required=True, help="a folder, or object storage such as s3://bucket/prefix")
+    command.add_argument(
+        "--embedder",
+        help="what embeds images and sentences for the shortlist instead of the checkpoint's heads: a CLIP or SigLIP "
+        "of transformers (folder or user/name), or of open_clip hf-hub:user/name or ARCHITECTURE:FILE such as "
+        "ViT-B-32:RemoteCLIP-ViT-B-32.pt; by default what the index was made with",
+    )
     command.add_argument("--device", default="auto", help="cuda, cuda:1, mps or cpu; by default the best there is")
     command.add_argument(
         "--dtype",
@@ -195,7 +205,8 @@ def open_index(args, **options):
         raise
     except Exception as error:  # safetensors and tokenizers raise their own errors
         raise ValueError(f"{args.model} cannot be loaded as a checkpoint: {type(error).__name__}: {error}") from error
-    return ImageIndex(args.index, model, processor=processor, device=args.device, dtype=args.dtype, **options)
+    options |= {"embedder": args.embedder, "device": args.device, "dtype": args.dtype}
+    return ImageIndex(args.index, model, processor=processor, **options)
 
 
 def index_archive(args):
@@ -363,7 +374,8 @@ def show_info(args):
     index = open_index(args)
     columns = [name for name in index.table.schema.names if name not in ("vector", "state")]
     print(f"{len(index):,} images or tiles\n{index.captions.count_rows():,} captions")
-    print(f"checkpoint {index.checkpoint[:12]}\nstates {index.states or 'none'}\nroot {index.root or 'none'}")
+    made_by = f"embedder {index.embedder.name} " if index.embedder else "checkpoint "
+    print(f"{made_by}{index.checkpoint[:12]}\nstates {index.states or 'none'}\nroot {index.root or 'none'}")
     print(f"columns {', '.join(columns)}")
     return 0
 

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from operator import itemgetter
@@ -32,6 +32,7 @@ except ImportError as error:
 
 from ieft.data.storage import is_address
 from ieft.evaluation.devices import choose_device, choose_dtype
+from ieft.evaluation.embedders import FINGERPRINT, PROBE, load_embedder, unit_vectors
 from ieft.evaluation.ranking import fingerprint, inference_network, score_pairs
 from ieft.search.archive_files import (
     digest_file,
@@ -45,7 +46,7 @@ from ieft.search.archive_files import (
     sizes_of,
 )
 from ieft.search.filters import check_where, fetch, is_not_text, without_place_in_code, write_where
-from ieft.search.ingestion import ROWS_AT_ONCE, add_captions, add_images, unit_vectors
+from ieft.search.ingestion import ROWS_AT_ONCE, add_captions, add_images
 from ieft.search.queries import (
     FIRST_BLOCK,
     Hits,
@@ -74,11 +75,12 @@ from ieft.search.tables import (
 
 logger = logging.getLogger(__name__)
 
-# In the tables' schema: the fingerprint of the checkpoint that made them; the kind of states kept, empty for none.
-CHECKPOINT, STATES = b"ieft_checkpoint", b"ieft_states"
+# In the tables' schema: the fingerprint of the checkpoint or embedder that made the vectors; the kind of states kept,
+# and the name of the embedder, both empty for none.
+CHECKPOINT, STATES, EMBEDDER = b"ieft_checkpoint", b"ieft_states", b"ieft_embedder"
 # In the table of settings, which can change: the folder that paths are relative to; the fingerprint, where an earlier
-# version wrote another one into the schema.
-ROOT, MADE_BY = "root", "checkpoint"
+# version wrote another one into the schema; the embedder's name, where it was moved.
+ROOT, MADE_BY, MOVED_EMBEDDER = "root", "checkpoint", "embedder"
 FEWEST_FOR_VECTOR_INDEX = 50_000  # below, search is exact, in milliseconds
 PARTITION_ROWS = 1024
 PROBES, REFINE = 40, 2  # partitions searched; candidates per hit that are re-scored with full vectors
@@ -93,28 +95,27 @@ COMPUTED_BY = (
 PREPROCESSED_BY = (
     "image_size", "fit", "do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
 )  # fmt: skip
-FINGERPRINT = "2-"  # prefix of this version
-PROBE = "Two Red HOUSES, é ß 中 3x4-storey ..."  # distinguishes tokenizers of one vocabulary, by case and accents
 
 
 class ImageIndex:
     """An index of the images of an archive, and optionally of captions, searched by captions and images.
 
     Attributes:
+        embedder: the `Embedder` that makes the vectors; None for the model's own heads.
         needs_files: whether hits whose file is gone are skipped. True unless the index stores image features, with
             which no file is read; set it to True to show the hits.
     """
 
     def __init__(
         self, uri, model, *, processor, create=False, states=None, storage_options=None, root=None,
-        device="auto", dtype="auto",
+        device="auto", dtype="auto", embedder=None,
     ):  # fmt: skip
         """Open the index at `uri`, or with `create` create it if it does not exist.
 
         Indexes of earlier versions are migrated without computing embeddings again.
 
         Args:
-            model: an `IeftForImageTextRetrieval` with contrastive heads.
+            model: an `IeftForImageTextRetrieval`, with contrastive heads unless there is an `embedder`.
             states: with `create`, also store image features for re-ranking, as "bf16" or "int8" (see
                 `ieft.search.feature_cache`), so that re-ranking reads no file. For models with `first_joint_layer`
                 above 0.
@@ -126,28 +127,25 @@ class ImageIndex:
             dtype: of the matrix products, "float32", "bfloat16" or "float16"; "auto" takes one of 16 bits where it is
                 faster. Embeddings of all devices and types can be in one index; bfloat16 changes a similarity by less
                 than 0.02.
+            embedder: what embeds images and sentences for the shortlist instead of the model's heads: an `Embedder`,
+                or a name for `ieft.evaluation.embedders.load_embedder`. None takes the one that made the index.
 
         Raises:
-            ValueError: if the model has no contrastive heads or is another one than that of the index; if `states`
-                does not fit the model or the index; if `uri` is not an index, or is damaged.
+            ValueError: if the model has no contrastive heads or, like the embedder, is another one than that of the
+                index; if `states` does not fit the model or the index; if `uri` is not an index, or is damaged.
             FileNotFoundError: if there is no index, or if the archive's former root is gone and `root` is not the
                 same archive.
         """
-        if not model.config.contrastive_dim:
-            raise ValueError(
-                "A checkpoint with contrastive heads expected (contrastive_dim above 0); this one has none. Train it "
-                "with run_retrieval.py --contrastive_weight 1."
-            )
         self.model, self.processor = model.eval().to(choose_device(device)), processor
         self.dtype = None  # to compare an earlier version's embeddings exactly
-        self.checkpoint, self._root = fingerprint_checkpoint(model, processor), None
+        self._root = None
         if states and not model.config.first_joint_layer:
             raise ValueError(
                 "A checkpoint with first_joint_layer above 0 expected, to keep states of its images; this one reads "
                 "them with the caption from block 0 on. Train one with run_retrieval.py --first_joint_layer."
             )
         with _store_errors(uri):
-            self._open(str(uri), create, states, storage_options)
+            self._open(str(uri), create, states, storage_options, embedder, {"device": device, "dtype": dtype})
             self._check_checkpoint(uri)
             self._mend_earlier_version()
             if states not in (None, self.states):
@@ -160,7 +158,7 @@ class ImageIndex:
             if root is not None:
                 self._use_root(normalize_root(root))
 
-    def _open(self, uri, create, states, storage_options):
+    def _open(self, uri, create, states, storage_options, embedder, place):
         self.uri, self.storage_options = uri, storage_options
         folder = None if "://" in uri else Path(uri)
         if folder is not None and not (create or folder.is_dir()):
@@ -168,6 +166,9 @@ class ImageIndex:
         used = folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"A folder expected for the index; {uri} is a file.")
+        is_new = folder is not None and not used
+        if is_new:
+            self._choose_embedder(embedder, "", states, place)
         # Each read uses the latest version, so that additions of other processes are seen.
         database = lancedb.connect(uri, storage_options=storage_options, read_consistency_interval=timedelta(0))
         there = set(database.list_tables().tables)
@@ -176,6 +177,8 @@ class ImageIndex:
             raise FileNotFoundError(f"No index at {uri}: make one with ieft-search index ARCHIVE --index {uri}.")
         if missing and used and not there & {IMAGES, CAPTIONS, SETTINGS}:
             raise ValueError(f"An index or an empty folder expected; {uri} holds other files: name another folder.")
+        if not is_new:
+            self._choose_embedder(embedder, _read_embedder(database) if IMAGES in there else "", states, place)
         text = pa.field("name", pa.string(), nullable=False), pa.field("value", pa.string())
         columns = METADATA | ({"state": pa.binary()} if states else {})
         made = {
@@ -194,11 +197,49 @@ class ImageIndex:
             raise ValueError(f"The tables at {uri} were not made by ieft-search: name another folder.")
         self.made_by, self.states = (known.get(name, b"").decode() for name in (CHECKPOINT, STATES))
 
+    def _choose_embedder(self, embedder, made_with, states, place):
+        """Set `embedder`, and the fingerprint of what makes the vectors.
+
+        Args:
+            embedder: an `Embedder`, a name, or None.
+            made_with: the name of the one that made the index; empty for none, and for a new index.
+            place: the options `device` and `dtype`.
+
+        Raises:
+            ValueError: without an embedder, for a model without contrastive heads.
+        """
+        try:
+            wanted = embedder or made_with or None
+            by_name = isinstance(wanted, str | os.PathLike)
+            self.embedder = load_embedder(wanted, **place) if by_name else wanted and wanted.to(**place)
+        except (OSError, ValueError) as error:
+            if embedder:
+                raise
+            raise ValueError(
+                f"This index was made with the embedder {made_with}, which cannot be loaded: {error}\nIf it was "
+                "moved, pass --embedder with its new place."
+            ) from error
+        if self.embedder is None and not self.model.config.contrastive_dim:
+            raise ValueError(
+                "A checkpoint with contrastive heads expected (contrastive_dim above 0); this one has none. Train it "
+                "with run_retrieval.py --contrastive_weight 1, or make the index with --embedder, such as a CLIP."
+            )
+        if self.embedder is not None and states:
+            raise ValueError("States are kept beside embeddings by IEFT itself: leave out --states or --embedder.")
+        self._made_with = made_with
+        self.checkpoint = (
+            self.embedder.fingerprint if self.embedder else fingerprint_checkpoint(self.model, self.processor)
+        )
+
     def _check_checkpoint(self, uri):
-        """Refuse an index of another checkpoint; update fingerprints of earlier versions."""
+        """Refuse an index of another checkpoint or embedder; update fingerprints of earlier versions."""
         made_by = self._setting(MADE_BY) or self.made_by
         if made_by == self.checkpoint:
+            if self.embedder and self.embedder.name != self._made_with:
+                self._set(MOVED_EMBEDDER, self.embedder.name)
             return
+        if self.embedder:
+            raise ValueError(_name_difference(uri, made_by, self._made_with, self.embedder))
         if not made_by.startswith(FINGERPRINT) and self._is_of_earlier_version(made_by):
             self._set(MADE_BY, self.checkpoint)
             return
@@ -365,9 +406,10 @@ class ImageIndex:
         return real
 
     def _schema(self, columns, states=None):
-        vector = pa.field("vector", pa.list_(pa.float32(), self.model.config.contrastive_dim))
+        vector = pa.field("vector", pa.list_(pa.float32(), self.dim))
         fields = [pa.field(name, kind) for name, kind in columns.items()]
         metadata = {CHECKPOINT: self.checkpoint.encode(), STATES: (states or "").encode()}
+        metadata |= {EMBEDDER: self.embedder.name.encode()} if self.embedder else {}
         return pa.schema([*fields, vector], metadata=metadata)
 
     def __len__(self):
@@ -516,8 +558,8 @@ class ImageIndex:
         return [row | {"file": self.path_of(row["file"])} if "file" in row else row for row in rows]
 
     def network(self):
-        """Context manager: the network to compute with, without gradients, in the chosen type."""
-        return inference_network(self.model, self.dtype)
+        """Context manager: what embeds, the network without gradients and in the chosen type, or the `Embedder`."""
+        return nullcontext(self.embedder) if self.embedder else inference_network(self.model, self.dtype)
 
     def to_pixels(self, squares):
         """uint8 (I, image_size, image_size, 3) -> (I, 3, image_size, image_size) as the network takes them."""
@@ -528,17 +570,34 @@ class ImageIndex:
         pixels = torch.from_numpy(squares).to(self.model.device).permute(0, 3, 1, 2)
         return torch.addcmul(low[:, :, None], pixels.float(), (high - low)[:, :, None] / 255)
 
+    @property
+    def dim(self):
+        """E, the size of the vectors."""
+        return self.embedder.dim if self.embedder else self.model.config.contrastive_dim
+
+    @property
+    def prepared(self):
+        """How images are prepared to be embedded, as fields of a `Job`."""
+        if self.embedder:
+            return {"side": self.embedder.side, "fit": "", "preprocess": self.embedder.preprocess}
+        images = self.processor.image_processor
+        return {"side": images.image_size, "fit": images.fit}
+
     def embed_images(self, images):
         """PIL images -> unit vectors (I, E)."""
+        if self.embedder:
+            return self.embedder.embed_images(images)
         return self.embed_pixels(self.processor(images=images)["pixel_values"])
 
     def embed_pixels(self, pixels):
-        """(I, 3, image_size, image_size) -> unit vectors (I, E)."""
+        """(I, 3, image_size, image_size) -> unit vectors (I, E) by the model's own heads."""
         with self.network() as network:
             return unit_vectors(network.get_image_features(pixels.to(self.model.device)))
 
     def embed_captions(self, captions):
         """Sentences -> unit vectors (C, E)."""
+        if self.embedder:
+            return self.embedder.embed_captions(captions)
         return self.embed_tokens(self.processor(text=captions))
 
     def embed_caption(self, caption):
@@ -547,7 +606,12 @@ class ImageIndex:
         Raises:
             ValueError: for an empty one.
         """
-        return self.embed_tokens(self._tokenize(caption))[0]
+        tokens = self._tokenize(caption)
+        return self.embedder.embed_captions([caption])[0] if self.embedder else self.embed_tokens(tokens)[0]
+
+    def similarity_scale(self):
+        """By which the loss of what embeds multiplies the similarity."""
+        return self.embedder.similarity_scale() if self.embedder else self.model.similarity_scale().item()
 
     def _tokenize(self, caption):
         if not isinstance(caption, str) or not caption.strip():
@@ -695,7 +759,7 @@ class ImageIndex:
             with clock(seconds, "re-rank"):
                 scores = self._score_captions(image, [hit["caption"] for hit in nearest[:rerank_top_k]])
                 probabilities = None if similarity_weight else self.model.probability(torch.as_tensor(scores))
-                weight = similarity_weight * self.model.similarity_scale().item()
+                weight = similarity_weight * self.similarity_scale()
                 scores = [score + weight * hit["similarity"] for score, hit in zip(scores, nearest, strict=False)]
                 nearest = order(scores, nearest, probabilities)
         return Hits(number(nearest)[offset : offset + top_k], seconds)
@@ -725,6 +789,34 @@ def fingerprint_checkpoint(model, processor):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy())
     return FINGERPRINT + digest.hexdigest()
+
+
+def _read_embedder(database):
+    """The name of the embedder that made an index; empty if the checkpoint's own heads did."""
+    made_with = (database.open_table(IMAGES).schema.metadata or {}).get(EMBEDDER, b"").decode()
+    if not made_with or SETTINGS not in database.list_tables().tables:
+        return made_with
+    rows = database.open_table(SETTINGS).search().where(f"name = '{MOVED_EMBEDDER}'").to_list()
+    return rows[0]["value"] if rows else made_with
+
+
+def _name_difference(uri, made_by, made_with, embedder):
+    """Why an index cannot be opened with an embedder, and what to do."""
+    this = f"{embedder.name} ({embedder.fingerprint[:12]})"
+    if not made_with:
+        return (
+            f"The index at {uri} was made by the contrastive heads of the checkpoint {made_by[:12]}, not by the "
+            f"embedder {this}: leave --embedder out, or make another index."
+        )
+    if made_with == embedder.name:
+        return (
+            f"The embedder {this} has changed since the index at {uri} was made with it ({made_by[:12]}). Their "
+            "embeddings cannot be compared: take its former weights, or make another index."
+        )
+    return (
+        f"The index at {uri} was made with the embedder {made_with} ({made_by[:12]}); {this} is another one. Their "
+        "embeddings cannot be compared: leave --embedder out, or make another index."
+    )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ieft.data.storage import is_address
+from ieft.evaluation.embedders import unit_vectors
 from ieft.search.archive_files import read_place_and_time
 from ieft.search.feature_cache import encode_state
 from ieft.search.filters import fetch, is_not_text
@@ -32,7 +33,6 @@ from ieft.search.read_ahead import (
 from ieft.search.tables import KEY, any_of, retry
 from ieft.search.tiles import Window, cut_windows
 from processing_ieft import check_text
-from ranking_ieft import check_finite
 
 ROWS_AT_ONCE = 64
 OVERLAP = 0.25
@@ -44,10 +44,10 @@ def add_images(index, files, *, tile, overlap, bands, batch_size, num_workers, r
     overlap = check_tiles(tile, overlap)
     names, unreadable = names_in_index(index, files)
     report = {"added": 0, "unchanged": 0, "unreadable": unreadable}
-    of_images = index.processor.image_processor
+    prepared = index.prepared
     at_once = min(batch_size, FILES_PER_TASK) if tile else batch_size  # a scene may have thousands of rows
     jobs = (
-        (plan(name, index.path_of(name), rows, of_images, tile=tile, overlap=overlap, bands=bands), rows)
+        (plan(name, index.path_of(name), rows, prepared, tile=tile, overlap=overlap, bands=bands), rows)
         for first in range(0, len(names), at_once)
         for name, rows in look_up(index.table, names[first : first + at_once]).items()
     )
@@ -93,18 +93,18 @@ def look_up(table, names):
     return known
 
 
-def plan(name, file, rows, of_images, *, tile, overlap, bands):
+def plan(name, file, rows, prepared, *, tile, overlap, bands):
     """The `Job` of a file.
 
     Args:
         name, file: in the index, and its path.
         rows: as from `look_up`.
-        of_images: the image processor.
+        prepared: as `ImageIndex.prepared`.
     """
     known = frozenset((*_made_of(row), (row["col"], row["row"])) for row in rows)
     cut = (tile, overlap) if tile is not None else _cut_before(known)
     chosen = ",".join(map(str, bands)) if bands else max((made_of[2] for made_of in known), default="")
-    return Job(name, file, *cut, chosen, known, of_images.image_size, of_images.fit)
+    return Job(name, file, *cut, chosen, known, **prepared)
 
 
 def _made_of(row):
@@ -274,7 +274,7 @@ class _Writer:
             torch.set_num_threads(self._all_threads)
 
     def add(self, row, square):
-        """A row without its vector, and the image of it: uint8 (side, side, 3)."""
+        """A row without its vector, and the image of it as an array, as in a `FileRead`."""
         self._rows.append(row)
         self._squares.append(square)
         self._flush_if_full()
@@ -312,7 +312,9 @@ class _Writer:
 
     @torch.no_grad()
     def _embed_part(self, squares):
-        return embed(self.index, self.network, squares)
+        dtype = self.index.dtype if self.network is self.index.model else None  # others choose their type themselves
+        with torch.autocast(self.index.model.device.type, dtype=dtype, enabled=dtype is not None):  # of this thread
+            return embed(self.index, self.network, squares)
 
     def _wait(self):
         if self._writing is not None:
@@ -332,8 +334,10 @@ def embed(index, network, squares):
 
     Args:
         network: as from `index.network()`.
-        squares: uint8 (I, side, side, 3).
+        squares: uint8 (I, side, side, 3), or what the embedder's `preprocess` made.
     """
+    if index.embedder:
+        return [{"vector": vector} for vector in network.embed_pixels(squares)]
     pixels = index.to_pixels(squares)
     if not index.states:
         return [{"vector": vector} for vector in unit_vectors(network.get_image_features(pixels))]
@@ -341,13 +345,6 @@ def embed(index, network, squares):
     vectors = unit_vectors(network.get_image_features(image_states=states))
     encoded = [encode_state(state, index.states) for state in states]
     return [{"vector": vector, "state": state} for vector, state in zip(vectors, encoded, strict=True)]
-
-
-def unit_vectors(features):
-    """(N, E) of any type and device -> float32, of length 1 but for rounding, which 16 bits would not hold."""
-    check_finite(features, "embeddings")
-    features = features.float().cpu()
-    return torch.nn.functional.normalize(features, dim=-1).numpy()
 
 
 def write(index, rows):

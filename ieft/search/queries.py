@@ -187,7 +187,8 @@ def _embed_parts(index, queries):
         encoded = index.processor(text=some)
         ids = [row[row_mask.bool()].tolist() for row, row_mask in zip(*_ids_and_mask(encoded), strict=True)]
         tokens |= zip(some, ids, strict=True)
-        of_sentences |= zip(some, index.embed_tokens(encoded), strict=True)
+        vectors = index.embed_captions(some) if index.embedder else index.embed_tokens(encoded)
+        of_sentences |= zip(some, vectors, strict=True)
     images = {id(part): part for part in parts if isinstance(part, Image)}
     of_images = {}
     for some in cut(images.values(), EMBEDDED_AT_ONCE):
@@ -198,7 +199,7 @@ def _embed_parts(index, queries):
         if isinstance(part, str):
             return of_sentences[part]
         if isinstance(part, np.ndarray):
-            return _unit(part, index.model.config.contrastive_dim)
+            return _unit(part, index.dim)
         return of_images[id(part)] if isinstance(part, Image) else of_hits[_name(index, part)]
 
     return tokens, [np.stack([vector_of(part) for part, _ in query.parts]) for query in queries]
@@ -270,7 +271,7 @@ class _Search:
                 raise ValueError("What is wanted and what is not are the same: nothing is left to look for.")
             self.vector = self.vector / length
         factors = np.array([similarity_weight if isinstance(part, str) else 1.0 for part, _ in query.parts])
-        direction = index.model.similarity_scale().item() * (factors * shares) @ vectors
+        direction = index.similarity_scale() * (factors * shares) @ vectors
         self.direction = direction if self.rerank_top_k and direction.any() else None
         self.has_probability = query.is_sentence and self.direction is None
 

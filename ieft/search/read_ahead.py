@@ -7,12 +7,14 @@ import signal
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from ieft.data.images import parse_bands
 from ieft.search.archive_files import digest_file, find_limits, plan_tiles, read_tiles, read_whole
@@ -37,6 +39,7 @@ class Job(NamedTuple):
         bands: such as "4,3,2", or empty.
         known: (content, tiling, bands, (col, row)) of each row that the index holds of it.
         side, fit: of the network's input.
+        preprocess: instead of `fit`, an embedder's function that makes an array of an image; it can be pickled.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Job(NamedTuple):
     known: frozenset
     side: int
     fit: str
+    preprocess: Callable | None = None
 
 
 class FileRead(NamedTuple):
@@ -56,7 +60,7 @@ class FileRead(NamedTuple):
         content: SHA-256 of its bytes.
         tiling: how it is cut; empty for whole images.
         unchanged: columns and rows of what the index holds already.
-        rows: pairs of metadata and uint8 array (side, side, 3).
+        rows: pairs of metadata and uint8 array (side, side, 3), or what the job's `preprocess` made.
         later: windows of tiles that are not read yet.
         by_window: whether these can be read without the rest of the image.
         limits: their stretch range.
@@ -84,7 +88,7 @@ def read_files(jobs):
 
 def _bytes(job):
     """Of an image for the network."""
-    return 3 * job.side**2
+    return 3 * job.side**2 * (4 if job.preprocess else 1)  # float32 or bytes
 
 
 def _read_file(job, room):
@@ -131,7 +135,7 @@ def take_tiles(tiles, count):
 
 
 def _fit(image, job):
-    return np.asarray(fit_square(image, job.side, job.fit))
+    return job.preprocess(image) if job.preprocess else np.asarray(fit_square(image, job.side, job.fit))
 
 
 def group_tiles(job, windows):
@@ -290,7 +294,8 @@ def _can_fork():
 
 
 def _end_with_parent():
-    """Ends a worker whose parent was killed, and leaves an interruption to the parent."""
+    """Ends a worker whose parent was killed, leaves an interruption to the parent, and computes in one thread."""
+    torch.set_num_threads(1)  # an embedder's preprocessing would else start as many as there are processors
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

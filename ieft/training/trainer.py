@@ -30,7 +30,7 @@ from ieft.evaluation.ranking import score_matrix
 from ieft.training.checkpoints import STATE, UNFINISHED, explained_if_not_written, publish, write_json
 from ieft.training.cost import autocast_type, fit_micro_batch, fixed_memory, measure_batch
 from ieft.training.distributed import average_gradients, gather_rows, largest_over_processes, process_count
-from ieft.training.hard_negatives import HardNegativeSampler
+from ieft.training.hard_negatives import EmbeddedSimilarity, HardNegativeSampler
 from ieft.training.losses import FEATURES, GroupedBatch, call_model, candidate_calls, candidate_loss
 from ieft.training.micro_batches import (
     OutOfMemory,
@@ -47,7 +47,7 @@ UNREAD: dict[str, Any] = {
     "label_smoothing_factor": 0.0, "prediction_loss_only": False, "batch_eval_metrics": False,
     "eval_accumulation_steps": None, "include_for_metrics": [], "label_names": None,
 }  # fmt: skip
-BATCHES = ("shuffled", "neighbours")
+BATCHES = ("shuffled", "neighbours", "embedder")
 DEFAULT_BATCH = 8  # images on a device, as in transformers
 MAX_OVERFLOWS = 25  # in a row: the loss scale has then fallen from 65536 below 1, so float16 is not the cause
 
@@ -87,7 +87,8 @@ class IeftTrainingArguments(TrainingArguments):
     batches: str = field(
         default="shuffled",
         metadata={
-            "help": "shuffled, as published; neighbours: hard-negative batches of lexically similar captions.",
+            "help": "shuffled, as published; neighbours: hard-negative batches of lexically similar captions; "
+            "embedder: of captions and images that --embedder confuses.",
             "choices": list(BATCHES),
         },
     )
@@ -187,9 +188,10 @@ class IeftTrainer(Trainer):
         eval_dataset: an `EvaluationSet`, or a dict of them by name.
         args: `IeftTrainingArguments` with `remove_unused_columns=False`.
         teacher: a network that reads the same inputs, whose scores are distilled into the model; None for none.
+        embedder: an `ieft.evaluation.embedders.Embedder` for `args.batches` "embedder".
     """
 
-    def __init__(self, model, args, train_dataset=None, eval_dataset=None, *, teacher=None, **options):
+    def __init__(self, model, args, train_dataset=None, eval_dataset=None, *, teacher=None, embedder=None, **options):
         if train_dataset is not None:
             _check_items(train_dataset, args)
             options.setdefault("data_collator", train_dataset.collate)
@@ -201,6 +203,9 @@ class IeftTrainer(Trainer):
         self.add_callback(_EpochOfItems(train_dataset))
         self.add_callback(_GradientsChecked(self))
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(args.device)
+        self.embedder = embedder
+        if train_dataset is not None and args.batches == "embedder" and embedder is None:
+            raise ValueError("An embedder expected to mine batches with, which args.batches asks for; got none.")
         self._batch = None  # of the current step
         self._overflows = 0  # consecutive steps with float16 overflow
         self._is_saving = False
@@ -540,6 +545,10 @@ class IeftTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         if self.args.batches == "neighbours":
             return HardNegativeSampler(self.train_dataset)
+        if self.args.batches == "embedder":
+            embedded = EmbeddedSimilarity(self.train_dataset, self.embedder.to(self.args.device))
+            self.embedder.to("cpu")  # the memory of the device is the training's
+            return HardNegativeSampler(self.train_dataset, similarity=embedded)
         return super()._get_train_sampler(train_dataset)
 
     def _run_epoch(self, **options):
@@ -679,6 +688,11 @@ def _check_items(items, args):
         )
         raise ValueError(
             f"TrainingItems(num_negatives={expected}) expected, {because}; got num_negatives={items.num_negatives}."
+        )
+    if args.batches == "embedder" and not args.contrastive_weight:
+        raise ValueError(
+            "Hard-negative batches need the contrastive loss, with which negatives come from the batch: pass "
+            "--contrastive_weight 1, or leave --batches embedder out."
         )
     if args.contrastive_weight and args.train_batch_size < 2:
         raise ValueError(
