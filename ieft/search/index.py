@@ -161,14 +161,14 @@ class ImageIndex:
     def _open(self, uri, create, states, storage_options, embedder, place):
         self.uri, self.storage_options = uri, storage_options
         folder = None if "://" in uri else Path(uri)
+        used = folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        is_new = folder is not None and not used
+        if is_new:  # before anything is created
+            self._choose_embedder(embedder, "", states, place)
         if folder is not None and not (create or folder.is_dir()):
             raise FileNotFoundError(f"No index at {uri}: make one with ieft-search index ARCHIVE --index {uri}.")
-        used = folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"A folder expected for the index; {uri} is a file.")
-        is_new = folder is not None and not used
-        if is_new:
-            self._choose_embedder(embedder, "", states, place)
         # Each read uses the latest version, so that additions of other processes are seen.
         database = lancedb.connect(uri, storage_options=storage_options, read_consistency_interval=timedelta(0))
         there = set(database.list_tables().tables)
