@@ -17,6 +17,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import parse_qsl
 
 import numpy as np
 import pytest
@@ -30,12 +31,15 @@ pytest.importorskip("lancedb", reason="the vector store, extra `search`, is not 
 import httpx  # noqa: E402
 from test_index import CAPTIONS, checkpoint, loaded  # noqa: E402, F401
 
-import app  # noqa: E402
 from ieft.data.images import read_image  # noqa: E402
-from ieft.search import visitors  # noqa: E402
+from ieft.search import page_command, visitors  # noqa: E402
 from ieft.search.archive_files import find_images  # noqa: E402
 from ieft.search.explain import draw_heat_map, explain_pair  # noqa: E402
 from ieft.search.index import ImageIndex  # noqa: E402
+from ieft.search.links import SETTINGS, read_link, write_link  # noqa: E402
+from ieft.search.map_view import map_of, view_around  # noqa: E402
+from ieft.search.page import SearchPage  # noqa: E402
+from ieft.search.queries import Query  # noqa: E402
 from ieft.search.visitors import Gate, check_number, name_visitor, read_upload, write_filter  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -47,16 +51,16 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-HOSTILE_NAME = "<img src=x onerror=alert(1)> it's 100%.png"
+HOSTILE_NAME = "<img src=x onerror=alert(1)> it's 100%.tif"
 REQUESTS_PER_MINUTE = 40
 VISITORS = itertools.count(1)
 PATIENCE = 120  # seconds; a test machine may be busy
-DEFAULTS = [12, 32, 0, 0, "", False, "", "", ""]  # the page's settings
+DEFAULTS = [*SETTINGS.values()]  # the page's settings
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    """Twelve images of noise, one with a hostile name, one with bounds."""
+    """Twelve images of noise, two with bounds: one of them across the antimeridian, with a hostile name."""
     rasterio = pytest.importorskip("rasterio", reason="GeoTIFF, extra `geo`, is not installed")
     folder = tmp_path_factory.mktemp("archive") / "deep"
     folder.mkdir()
@@ -64,11 +68,13 @@ def archive(tmp_path_factory):
     for number in range(10):
         pixels = noise.integers(0, 255, (40 + number, 40 + 5 * number, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"Scene_{number:02}.png")
-    Image.fromarray(noise.integers(0, 255, (40, 40, 3), np.uint8)).save(folder / HOSTILE_NAME)
-    transform = rasterio.transform.from_origin(500000, 5400000, 10, 10)
-    layout = {"driver": "GTiff", "count": 3, "dtype": "uint8", "crs": "EPSG:32631", "transform": transform}
-    with rasterio.open(folder / "placed.tif", "w", width=60, height=40, **layout) as scene:
-        scene.write(noise.integers(0, 255, (3, 40, 60), np.uint8))
+    places = {"placed.tif": ("EPSG:32631", 500000, 5400000, 10), HOSTILE_NAME: ("EPSG:4326", 179.98, -16, 0.001)}
+    for name, (crs, left, top, pixel) in places.items():
+        transform = rasterio.transform.from_origin(left, top, pixel, pixel)
+        layout = {"driver": "GTiff", "count": 3, "dtype": "uint8", "crs": crs, "transform": transform}
+        with rasterio.open(folder / name, "w", width=60 if name == "placed.tif" else 40, height=40, **layout) as scene:
+            scene.write(noise.integers(0, 255, (3, 40, scene.width), np.uint8))
+            scene.update_tags(ACQUISITIONDATETIME="2021-07-01T10:00:00Z")
     return folder
 
 
@@ -174,7 +180,9 @@ def ask(page, caption):
 
 
 def upload(page, file, name=None):
-    page.get_by_role("tab", name="By image").click()
+    page.wait_for_selector("#by_image")
+    if not page.locator("#upload").is_visible():
+        page.click("#by_image > button")
     content = {"name": name or "photo.png", "mimeType": "image/png", "buffer": file}
     page.set_input_files("#upload input[type=file]", content)
 
@@ -253,7 +261,7 @@ def test_what_cannot_be_searched_gets_a_message_and_the_page_goes_on(open_page):
     assert "pixels expected" in message(page)
     upload(page, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a.eps")
     assert "cannot be read as an image" in message(page)
-    page.get_by_role("tab", name="By sentence").click()
+    page.click("#by_image > button")
     ask(page, CAPTIONS[1])
     assert len(labels(page)) == 12
 
@@ -267,7 +275,7 @@ def test_filters_and_geojson(open_page, archive):
     page.get_by_label("SQL condition").fill("width >= 60")
     page.get_by_label("Only with geographic bounds").check()
     page.click("#ask")
-    assert len(labels(page)) == 1
+    assert labels(page)[0].startswith("1.") and len(labels(page)) == 1
     with page.expect_download() as download:
         page.click("#geojson")
     assert download.value.suggested_filename == "hits.geojson"
@@ -276,6 +284,105 @@ def test_filters_and_geojson(open_page, archive):
     feature = json.loads(text)["features"][0]
     assert feature["properties"]["file"] == "placed.tif" and feature["properties"]["rank"] == 1
     assert feature["geometry"]["coordinates"][0][0] == pytest.approx([3.0, 48.75], abs=0.01)
+
+
+def outlines(page):
+    """What the map draws of the hits: the names of its markers, and the number of its outlines."""
+    page.wait_for_selector("#map .rank", state="attached")
+    names = page.locator("#map .rank").evaluate_all("found => found.map(each => each.getAttribute('aria-label'))")
+    return names, page.locator("#map path.outline").count()
+
+
+def drag(page, corner, other):
+    """Drag over the map, from one corner to another as parts of its width and height."""
+    box = page.locator("#map .map").bounding_box()
+    for step, (x, y) in enumerate((corner, other)):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=3)
+        page.mouse.up() if step else page.mouse.down()
+
+
+def summary(page, start):
+    page.wait_for_function(f"document.querySelector('#summary')?.innerText.startsWith({start!r})")
+    return page.inner_text("#summary")
+
+
+def test_hits_are_on_a_map_where_a_box_is_a_filter_and_a_link_reopens_the_search(open_page, index, served):
+    page = open_page()
+    page.wait_for_selector("#map .leaflet-container, #map .map.leaflet-container")  # before anything is asked
+    ask(page, CAPTIONS[0])
+    names = [Path(hit["file"]).name for hit in index.search(CAPTIONS[0], top_k=12)]
+    placed = {name: f"{names.index(name) + 1}. {name}" for name in ("placed.tif", HOSTILE_NAME)}
+    labels(page)
+    shown, drawn = outlines(page)
+    assert set(shown) == set(placed.values()) and drawn == 2  # the one across the antimeridian is whole
+    assert "2 of 12 images are on the map" in page.inner_text("#unplaced")
+    # Selected on the map, shown in the gallery and explained, and the other way round.
+    page.get_by_role("button", name=placed[HOSTILE_NAME]).focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#reasons .word")
+    assert HOSTILE_NAME in page.inner_text("#reasons table") and HOSTILE_NAME in page.inner_text(
+        "#map .leaflet-tooltip"
+    )
+    page.wait_for_selector(f"#gallery .grid-container > :nth-child({names.index(HOSTILE_NAME) + 1}) .selected")
+    page.locator("#gallery .thumbnail-item").nth(names.index("placed.tif")).click()
+    page.wait_for_selector("#map .rank.chosen[aria-label$='placed.tif'][aria-pressed=true]")
+    assert page.locator("#map path.outline.chosen").count() == 1
+    # A box: drawn, written in its filter, part of the link.
+    page.click("#filters > button")
+    page.click("#map .draw")
+    seen = page.evaluate("searchMap.map.getBounds().toBBoxString()").split(",")  # of both: across the antimeridian
+    assert float(seen[0]) < 3 and float(seen[2]) > 180
+    drag(page, (0.02, 0.02), (0.6, 0.6))
+    assert "1 of 1 images" in summary(page, "1 of 1")
+    west, south, east, north = map(float, page.input_value("#bbox input, #bbox textarea").split(","))
+    assert west < 3 < east < 179 and south < 48 < north and outlines(page)[0] == ["1. placed.tif"]
+    page.wait_for_selector("#map path.box", state="attached")
+    page.wait_for_url(re.compile("bbox="))
+    again = page.context.new_page()
+    again.goto(page.url)
+    assert "1 of 1 images" in summary(again, "1 of 1") and again.input_value("#caption textarea") == CAPTIONS[0]
+    again.close()
+    page.click("#map .clear")
+    assert "12 of 12 images" in summary(page, "12 of 12") and "bbox" not in page.get_attribute("#link a", "href")
+    # The view as a box, and time as a range.
+    page.fill("#bbox input, #bbox textarea", "179, -20, -179, -10")
+    page.fill("#acquired_from input, #acquired_from textarea", "2021-06")
+    page.fill("#acquired_to input, #acquired_to textarea", "2021-08")
+    page.click("#ask")
+    assert "1 of 1 images" in summary(page, "1 of 1") and outlines(page)[0] == [f"1. {HOSTILE_NAME}"]
+    page.click("#map .here")
+    page.wait_for_function("!document.querySelector('#bbox input, #bbox textarea').value.startsWith('179, ')")
+    west, south, east, north = map(float, page.input_value("#bbox input, #bbox textarea").split(","))
+    assert 179 < west < 180 and -180 < east < -179 and -17 < south < north < -15
+    assert page.evaluate("document.querySelector('#summary [role=status]').getAttribute('aria-live')") == "polite"
+    # Tiles are asked for where a base map is configured, and only then; coastlines are not drawn then.
+    asked = []
+    tile = png_of_size(1, 1)
+    page.route("**/tiles/**", lambda route: (asked.append(route.request.url), route.fulfill(body=tile)))
+    base = {"url": f"{served.url}/tiles/{{z}}/{{x}}/{{y}}.png", "credit": "Tiles by <b>someone</b>"}
+    page.evaluate("base => { searchMap.props.value = {...searchMap.props.value, base}; searchMap.show(); }", base)
+    page.wait_for_selector("#map .leaflet-tile", state="attached")
+    assert "Tiles by someone" in page.inner_text("#map .leaflet-control-attribution")
+    wait_for(lambda: asked)
+    assert not page.locator("#map path.land").count()
+
+
+@pytest.mark.parametrize("width, scheme", [(390, "light"), (1280, "dark")])
+def test_the_map_on_a_phone_and_in_the_dark(open_page, width, scheme):
+    page = open_page(viewport={"width": width, "height": 844}, has_touch=width == 390, color_scheme=scheme)
+    ask(page, CAPTIONS[0])
+    labels(page)
+    assert has_no_sideways_scroll(page) and len(outlines(page)[0]) == 2
+    box = page.locator("#map .map").bounding_box()
+    assert box["x"] >= 0 and box["width"] > (300 if width == 390 else 400) and box["x"] + box["width"] <= width
+    for name in ("draw", "here", "clear"):
+        assert page.locator(f"#map .{name}").bounding_box()["height"] >= 24  # a finger hits it
+    background, text = page.evaluate(
+        "['#map .map', '#map .degrees'].map(each => getComputedStyle(document.querySelector(each)))"
+        ".map((style, at) => at ? style.color : style.backgroundColor)"
+    )
+    lightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in (background, text)]
+    assert lightness[0] < 0.3 < lightness[1] if scheme == "dark" else lightness[0] > 0.8 > lightness[1]
 
 
 def test_names_are_text_and_a_phone_needs_no_sideways_scroll(open_page):
@@ -323,6 +430,11 @@ def call(client, name, *data):
                 return output["data"] if event["success"] else str(output["error"])
 
 
+def asked(sentence="", *settings, image=None, without="", examples=()):
+    """What the page and its API take, in their order."""
+    return [sentence, without, image, list(examples), *(settings or DEFAULTS)]
+
+
 def captions_of(outputs):
     gallery = next(part for part in outputs if isinstance(part, dict) and isinstance(part.get("value"), list))
     return [shown["caption"].split() for shown in gallery["value"]]
@@ -342,18 +454,69 @@ def png_of_size(width, height):
 
 
 def test_stages_and_settings(client, index):
-    shown = captions_of(call(client, "search", CAPTIONS[0], 8, 3, *DEFAULTS[2:]))
+    shown = captions_of(call(client, "page", *asked(CAPTIONS[0], 8, 3, *DEFAULTS[2:])))
     hits = index.search(CAPTIONS[0], top_k=8, rerank_top_k=3)
     assert [" ".join(words) for words in shown] == expected_labels(hits)
     assert [words[2] for words in shown] == ["re-ranked"] * 3 + ["shortlist"] * 5
-    assert "Images to show: a whole number" in call(client, "search", CAPTIONS[0], 10**9, *DEFAULTS[1:])
+    assert "Images to show: a whole number" in call(client, "page", *asked(CAPTIONS[0], 10**9, *DEFAULTS[1:]))
+
+
+def example(kind, served, folder, archive):
+    """An example of the documentation with the address of this page; a photograph of the archive beside it."""
+    shutil.copy(archive / "Scene_03.png", folder / "photo.png")
+    text = (ROOT / "docs" / "api.md").read_text().split(f"```{kind}\n")[1].split("```")[0]
+    return text.replace("http://127.0.0.1:7860", served.url)
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_the_example_with_curl(served, tmp_path, archive, index):
+    command = ["bash", "-c", example("bash", served, tmp_path, archive)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    found, explained, similar = map(json.loads, done.stdout.splitlines())
+    hits = found[0]["hits"]
+    assert found[0]["images"] == 12 and [hit["rank"] for hit in hits] == [1, 2, 3]
+    query = Query(["many ships beside a beach"], ["planes"])
+    assert [hit["name"] for hit in hits] == [Path(hit["file"]).name for hit in index.search(query, top_k=3)]
+    assert explained[0]["id"] == hits[0]["id"] and [each["word"] for each in explained[0]["words"]][:2] == [
+        "many",
+        "ships",
+    ]
+    assert explained[1]["url"].startswith(served.url)
+    assert [hit["rank"] for hit in similar[0]["hits"]] == [1, 2, 3] and similar[0]["hits"][0]["name"] == "Scene_03.png"
+    assert str(archive.parent) not in json.dumps([found, similar, explained[0]])
+
+
+def test_the_example_with_the_client_of_gradio(served, tmp_path, archive, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example("python", served, tmp_path, archive), names)  # noqa: S102
+    *_, first, second, third, reasons = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in (first, second, third)] == ["1", "2", "3"] and "'word': 'many'" in reasons
+    assert max(Image.open(names["heat_map"]).size) <= 512
+    assert (
+        names["found"]["hits"][0]["name"] == "Scene_03.png" and names["more"]["hits"][0]["id"] == names["best"]["id"]
+    )
+
+
+def test_what_the_api_is_asked_is_checked_and_counted(client, served):
+    assert "Write a sentence first" in call(client, "search", *asked(without="planes"))
+    known = call(client, "search", *asked(CAPTIONS[0]))[0]["hits"][0]["id"]
+    for examples, said in ((["x"], "with + or -"), (["+x"], "The id of an image"), (["+a.1.2"], "not in the archive"),
+                           (["+" + known] * 9, "Up to 8"), ("+a", "as a list")):  # fmt: skip
+        assert said in call(client, "search", *(asked()[:3] + [examples] + DEFAULTS)), examples
+    assert "The id of an image" in call(client, "explain", "' OR 1=1 --", CAPTIONS[0])
+    with httpx.Client(base_url=served.url, headers=another_visitor()) as other:
+        for _ in range(REQUESTS_PER_MINUTE):
+            other.post("/gradio_api/call/v2/search", json={})
+        assert other.post("/gradio_api/call/v2/search", json={"sentence": CAPTIONS[0]}).status_code == 429
 
 
 def test_no_file_is_served_but_the_pages_own(client, checkpoint, archive, served):  # noqa: F811
     secrets = ["/etc/passwd", checkpoint / "config.json", archive / "Scene_00.png", served.index, served.log]
     paths = [f"/gradio_api/file={secret}" for secret in secrets]
     paths += [f"/gradio_api/file=/{secret}" for secret in secrets]
-    shown = call(client, "search", CAPTIONS[0], *DEFAULTS)
+    shown = call(client, "page", *asked(CAPTIONS[0]))
     gallery = next(part for part in shown if isinstance(part, dict) and isinstance(part.get("value"), list))
     thumbnail = gallery["value"][0]["image"]["path"]
     assert client.get(f"/gradio_api/file={thumbnail}").status_code == 200
@@ -362,13 +525,27 @@ def test_no_file_is_served_but_the_pages_own(client, checkpoint, archive, served
     paths += [f"/gradio_api/file={folder}/{up}{secret}" for secret in secrets]
     paths += [f"/gradio_api/file={folder}/%2e%2e/%2e%2e{secret}" for secret in secrets]
     paths += ["/gradio_api/file=app.py", "/gradio_api/file=index.lance", "/gradio_api/file=http://127.0.0.1/"]
-    paths += ["/app.py", "/static/%2e%2e/%2e%2e/%2e%2e/__init__.py", "/assets/..%2f..%2f..%2froutes.py"]
+    paths += ["/web/../page.py", "/web/%2e%2e/page.py", "/web/page.py", "/web//etc/passwd", "/web/"]
+    paths += [
+        "/gradio_api/call/page/abc",
+        "/gradio_api/openapi.json",
+        "/app.py",
+        "/static/%2e%2e/%2e%2e/%2e%2e/__init__.py",
+        "/assets/..%2f..%2f..%2froutes.py",
+    ]
     paths += ["/gradio_api/proxy=http://127.0.0.1/", "/docs", "/openapi.json", "/monitoring", "/gradio_api/vibe-code"]
     for path in paths:
         answer = client.get(path)
         assert answer.status_code in (403, 404), path
         assert "detail" in answer.json() and len(answer.content) < 1000, path
-    for path in ("/gradio_api/run/search", "/gradio_api/vibe-edit", "/gradio_api/process_recording", "/login"):
+    for path in (
+        "/gradio_api/run/search",
+        "/gradio_api/call/v2/page",
+        "/gradio_api/call/search",
+        "/gradio_api/vibe-edit",
+        "/gradio_api/process_recording",
+        "/login",
+    ):
         assert client.post(path, json={}).status_code == 404
 
 
@@ -377,13 +554,13 @@ def test_an_upload_must_have_been_uploaded(client, checkpoint, archive):  # noqa
     Image.new("RGB", (40, 40)).save(picture, format="PNG")
     sent = client.post("/gradio_api/upload", files={"files": ("a.png", picture.getvalue())}).json()[0]
     upload = {"path": sent, "meta": {"_type": "gradio.FileData"}}
-    assert len(captions_of(call(client, "search_image", upload, *DEFAULTS))) == 12
+    assert len(call(client, "search", *asked(image=upload))[0]["hits"]) == 12
     for path in ("/etc/passwd", str(archive / "Scene_00.png"), str(checkpoint / "config.json"), "app.py"):
-        answer = call(client, "search_image", upload | {"path": path}, *DEFAULTS)
-        assert isinstance(answer, str), path
+        for name in ("page", "search"):
+            assert isinstance(call(client, name, *asked(image=upload | {"path": path})), str), path
     elsewhere = upload | {"path": "http://93.184.216.34/photo.png"}
-    assert "not the address" in call(client, "search_image", elsewhere, *DEFAULTS)
-    assert "not the address" in call(client, "search", elsewhere, *DEFAULTS)
+    assert "not the address" in call(client, "search", *asked(image=elsewhere))
+    assert "not the address" in call(client, "search", *asked(elsewhere))
 
 
 def test_uploads_and_questions_are_bounded(client):
@@ -396,7 +573,7 @@ def test_uploads_and_questions_are_bounded(client):
     assert client.post("/gradio_api/queue/join", json=question).status_code == 413
     unmeasured = client.post("/gradio_api/upload", content=iter([b"a"] * 3))
     assert unmeasured.status_code == 411
-    assert "up to 500 characters" in call(client, "search", "a" * 501, *DEFAULTS)
+    assert "up to 500 characters" in call(client, "search", *asked("a" * 501))
 
 
 @pytest.mark.parametrize(
@@ -417,11 +594,15 @@ def test_uploads_and_questions_are_bounded(client):
         (5, "maybe", "True or false"),
         (7, "1, 2, 3", "bbox must be west, south, east and north"),
         (8, "yesterday", "datetime must be a time such as"),
+        (9, "2021/2022", "datetime must be a time such as"),
+        (10, 0, "A weight from 0.05 to 4 expected"),
+        (11, float("1e9"), "A weight from 0.05 to 4 expected"),
     ],
     ids=lambda each: ascii(each)[:30],
 )  # fmt: skip
 def test_a_crafted_setting_gets_a_message_that_names_it(client, place, value, said):
-    answer = call(client, "search", CAPTIONS[0], *(value if at == place else was for at, was in enumerate(DEFAULTS)))
+    settings = [value if at == place else was for at, was in enumerate(DEFAULTS)]
+    answer = call(client, "search", *asked(CAPTIONS[0], *settings))
     assert isinstance(answer, str), answer
     assert said in answer and "damaged" not in answer
     assert "/" not in re.sub(r"/&gt;|-\d\d/", "", answer)  # no path; signs of HTML and intervals of time have one
@@ -451,7 +632,7 @@ def test_an_image_gone_from_the_archive_is_named_in_the_log_alone(client, archiv
     file = archive / "Scene_03.png"
     file.rename(archive / "hidden")
     try:
-        answer = call(client, "search", CAPTIONS[0], *DEFAULTS)
+        answer = call(client, "search", *asked(CAPTIONS[0]))
     finally:
         (archive / "hidden").rename(file)
     assert not isinstance(answer, str) and "Scene_03" not in str(answer)  # skipped, and the others shown
@@ -536,16 +717,82 @@ def test_content_that_drips_and_too_many_at_once_are_refused(monkeypatch):
     assert run_apart(ask_all([ask_gate(gate, upload, body=b"a", length="9" * 4000)])) == [413]
 
 
+def test_an_archive_without_places_and_times_has_no_map_and_no_such_filters(tmp_path, loaded):  # noqa: F811
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    bare = ImageIndex(tmp_path / "index", loaded[0], processor=loaded[1], create=True)
+    bare.add([tmp_path / "a.png"], progress=False)
+    page = SearchPage(bare)
+    assert not any(part.visible for part in (page.map, page.bbox, page.unplaced, page.geojson, *page.settings[8:10]))
+    assert page.map.value is None and page.settings[0].visible
+
+
+def test_a_view_is_the_narrowest_that_holds_all_boxes():
+    assert view_around([]) is None and view_around([[np.nan] * 4]) is None
+    assert view_around([[1, 2, 3, 4], [5, -6, 7, 8]]) == [1, -6, 7, 8]
+    assert view_around([[179, 0, -179, 1]]) == [179, 0, 181, 1]
+    assert view_around([[170, 0, 175, 1], [-175, 0, -170, 1]]) == [170, 0, 190, 1]
+    assert view_around([[170, 0, -170, 1], [-175, 0, -172, 1]]) == [170, 0, 190, 1]
+    assert view_around([[-180, -90, 180, 90]]) == [-180, -90, 180, 90]
+
+
+@given(st.lists(st.tuples(st.integers(-180, 179), st.integers(1, 300)), min_size=1, max_size=6))
+def test_a_view_holds_its_boxes_wherever_they_are(boxes):
+    turned = [(west, 0, (west + width + 180) % 360 - 180, 1) for west, width in boxes]
+    first, _, last, _ = view_around(turned)
+    assert first <= last <= first + 360
+    for west, _, east, _ in turned:
+        width = (east - west) % 360
+        assert (west - first) % 360 + width <= last - first or last - first == 360
+
+
+def test_outlines_are_whole_across_the_antimeridian_and_none_is_invented():
+    def hit(west, east, south, north, parts):
+        rings = [[[[w, south], [e, south], [e, north], [w, north], [w, south]]] for w, e in parts]
+        geometry = json.dumps({"type": "MultiPolygon", "coordinates": rings}) if parts else None
+        return {"geometry": geometry, "west": west, "east": east, "south": south, "north": north}
+
+    across, beside = hit(179, -179, 0, 1, [(179, 180), (-180, -179)]), hit(-178, -177, 0, 1, [(-178, -177)])
+    nowhere, polar = hit(None, None, None, None, []), hit(0, 1, 86, 87, [(0, 1)])
+    shown = map_of([nowhere, across, polar, beside], ["a", "b", "c", "d"])
+    assert [feature["properties"] for feature in shown["features"]] == [
+        {"index": 1, "label": "b"},
+        {"index": 3, "label": "d"},
+    ]
+    assert shown["view"] == [179, 0, 183, 1]
+    one, other = (feature["geometry"] for feature in shown["features"])
+    assert one["type"] == other["type"] == "Polygon"
+    assert {x for x, _ in one["coordinates"][0]} == {179, 180, 181} and {x for x, _ in other["coordinates"][0]} == {
+        182,
+        183,
+    }
+    assert map_of([nowhere], ["a"]) == {"features": [], "view": None}
+
+
+def test_a_link_asks_what_was_asked():
+    assert write_link(SETTINGS | {"sentence": ""}) == "" and read_link([("utm_source", "x")]) is None
+    question = SETTINGS | {"sentence": "ships & 'planes' 100%", "without": "#", "examples": ["+a.0.0", "-b.0.0"]}
+    question |= {"top_k": 3, "placed": True, "unwanted_weight": 0.5, "bbox": "1, 2, 3, 4"}
+    link = write_link(question)
+    assert "width" not in link and "'" not in link
+    assert read_link(parse_qsl(link[1:])) == question
+    assert read_link([("top_k", "many"), ("sentence", "a")])["top_k"] == "many"  # and `check_settings` says so
+    assert write_link(question | {"sentence": "a" * 5000}) == ""
+
+
 def test_filters_are_one_condition(index):
     def passing(**conditions):
         return sorted(Path(row["file"]).stem for row in index.rows(write_filter(**conditions), columns=["file"]))
 
     assert passing(name="SCENE_0", width=70, height=48) == ["Scene_08", "Scene_09"]
     assert passing(name="deep") == []  # a folder's name is not the file's
-    assert passing(name="100%") == [Path(HOSTILE_NAME).stem] and passing(placed=True) == ["placed"]
+    assert passing(name="100%") == [Path(HOSTILE_NAME).stem]
+    assert passing(placed=True) == [Path(HOSTILE_NAME).stem, "placed"]
     assert passing(name="scene_0", where="width = 40 OR width = 45") == ["Scene_00", "Scene_01"]
-    assert passing(bbox="-180, -90, 180,90") == ["placed"] and passing(bbox="-180 -90 180 -80") == []
-    assert passing(acquired="1900/2100") == [] and write_filter(bbox=" ", acquired="") is None
+    assert passing(bbox="-180, 0, 180,90") == ["placed"] and passing(bbox="-180 -90 180 -80") == []
+    assert passing(bbox="179 -20 -179.99 0") == [Path(HOSTILE_NAME).stem]
+    assert len(passing(acquired_from="2021", acquired_to="2021-07")) == len(passing(acquired_to="2021-07-01")) == 2
+    assert passing(acquired_from="2021-08") == passing(acquired_to="2021-06") == []
+    assert write_filter(bbox=" ", acquired_from="", acquired_to=" ") is None
     assert write_filter() is None
 
 
@@ -572,19 +819,19 @@ def test_a_damaged_upload_is_an_image_or_a_message(tmp_path_factory, kind, data)
 
 def test_what_app_needs_is_said(tmp_path, checkpoint, capsys):  # noqa: F811
     with pytest.raises(SystemExit):
-        app.main(["--index", str(tmp_path)])
+        page_command.main(["--index", str(tmp_path)])
     assert "IEFT_MODEL" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="No index at"):
-        app.main(["--model", str(checkpoint), "--index", str(tmp_path / "none")])
+        page_command.main(["--model", str(checkpoint), "--index", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="there are none"):
-        app.main(["--model", str(checkpoint), "--index", str(tmp_path / "none"), "--archive", str(tmp_path)])
+        page_command.main(["--model", str(checkpoint), "--index", str(tmp_path / "none"), "--archive", str(tmp_path)])
 
 
 def test_scenes_are_drawn_once(tmp_path):
-    app.draw_archive(tmp_path, 2)
+    page_command.draw_archive(tmp_path, 2)
     first = tmp_path / "0000.png"
     before = first.read_bytes(), first.stat().st_mtime_ns
-    app.draw_archive(tmp_path, 3)
+    page_command.draw_archive(tmp_path, 3)
     assert (first.read_bytes(), first.stat().st_mtime_ns) == before
     assert [file.name for file in find_images(tmp_path)] == ["0000.png", "0001.png", "0002.png"]
     assert len(list(tmp_path.iterdir())) == 3

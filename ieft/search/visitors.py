@@ -30,15 +30,18 @@ MOST_PIXELS = 40_000_000
 MOST_CHARACTERS = 500
 UPLOAD_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # that the page offers
 MOST_SHOWN, MOST_RERANKED, LONGEST_SIDE = 48, 64, 10**6
+WEIGHTS = 0.05, 4  # the least and the most of a part of a question
+MOST_EXAMPLES = 8  # images of the archive that are part of a question
 BODY_SECONDS = 60  # for a request's content to arrive in
 MOST_OPEN, MOST_OPEN_BY_ONE = 400, 40  # requests being answered, streams of events among them
 MOST_UPLOADS, MOST_UPLOADS_BY_ONE = 8, 2  # arriving at once, each held in memory until it is whole
 READS_PER_QUESTION = 30  # files and events that a visitor may ask for, for each request of its rate
 NEEDED_TO_READ = re.compile(
-    r"/(config|theme\.css|manifest\.json|favicon\.ico|robots\.txt|(assets|static)/.+)?|/gradio_api/"
-    r"(info|app_id|startup-events|queue/data|upload_progress|heartbeat/\w+|file=/.+)"
+    r"/(config|theme\.css|manifest\.json|favicon\.ico|robots\.txt|(assets|static)/.+)?|/web/[a-z]+\.(js|css|json)|"
+    r"/gradio_api/(info|app_id|startup-events|queue/data|upload_progress|heartbeat/\w+|file=/.+|"
+    r"call/(search|explain)/\w+)"
 )
-NEEDED_TO_ASK = re.compile(r"/gradio_api/(queue/join|upload|cancel|reset)/?")
+NEEDED_TO_ASK = re.compile(r"/gradio_api/(queue/join|upload|cancel|reset|call/v2/(search|explain))/?")
 
 
 def told(message):
@@ -69,9 +72,18 @@ def check_number(value, name, least, most):
     return int(value)
 
 
+def check_weight(value):
+    """The weight of images, or of what is not wanted, that a visitor sent."""
+    least, most = WEIGHTS
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+        raise told(f"A weight from {least} to {most} expected; got {str(value)[:50]}.")
+    return float(value)
+
+
 def check_settings(settings):
-    """What a visitor set on the page, or sent in its place -> (top_k, rerank_top_k, arguments of `write_filter`)."""
-    top_k, rerank_top_k, width, height, name, placed, where, bbox, acquired = settings
+    """What a visitor set on the page, or sent in its place -> (top_k, rerank_top_k, the weights of images and of what
+    is not wanted, arguments of `write_filter`)."""
+    top_k, rerank_top_k, width, height, name, placed, where, bbox, first, last, *weights = settings
     width = check_number(width, "Width, at least", 0, LONGEST_SIDE)
     height = check_number(height, "Height, at least", 0, LONGEST_SIDE)
     if not isinstance(placed, bool | None):
@@ -79,12 +91,24 @@ def check_settings(settings):
     return (
         check_number(top_k, "Images to show", 1, MOST_SHOWN),
         check_number(rerank_top_k, "Images to re-rank", 0, MOST_RERANKED),
-        [width, height, name, placed, where, bbox, acquired],
+        [check_weight(weight) for weight in weights],
+        [width, height, name, placed, where, bbox, first, last],
     )
 
 
+def check_examples(examples):
+    """Images of the archive that a visitor wants more of (+ and an id) or less of (- and an id)."""
+    examples = examples or []
+    if not isinstance(examples, list) or not all(isinstance(each, str) and each[:1] in "+-" for each in examples):
+        raise told("Examples expected as a list of ids, each with + or - before it.")
+    if len(examples) > MOST_EXAMPLES:
+        raise told(f"Up to {MOST_EXAMPLES} examples expected; got {len(examples):,}.")
+    return [check_text(each, "id") for each in examples]
+
+
 def write_filter(
-    width=0, height=0, name=None, placed=False, where=None, bbox=None, acquired=None, *, columns=None
+    width=0, height=0, name=None, placed=False, where=None, bbox=None, acquired_from=None, acquired_to=None, *,
+    columns=None
 ):  # fmt: skip
     """A visitor's conditions as one SQL condition over the index's columns; None where there is none."""
     conditions = [f"{side} >= {least}" for side, least in (("width", width), ("height", height)) if least]
@@ -101,9 +125,10 @@ def write_filter(
         except ValueError as error:
             raise told(str(error).replace("where must", "An SQL condition must", 1)) from None
         conditions.append(f"({where})")
-    bbox, acquired = check_text(bbox, "box"), check_text(acquired, "time")
+    bbox, first, last = check_text(bbox, "box"), check_text(acquired_from, "time"), check_text(acquired_to, "time")
+    acquired = f"{first or '..'}/{last or '..'}" if first or last else None
     try:
-        found = write_where(bbox=re.split(r"[\s,;]+", bbox) if bbox else None, datetime=acquired or None)
+        found = write_where(bbox=re.split(r"[\s,;]+", bbox) if bbox else None, datetime=acquired)
     except ValueError as error:
         raise told(str(error)) from None
     return " AND ".join([*conditions, *([found] if found else [])]) or None
@@ -172,7 +197,7 @@ class Gate:
         try:
             await self.app(scope, receive, send_on)
         except Exception as error:  # Gradio and Starlette raise whatever crafted content leads them to
-            print(f"app.py: {scope['path'][:100]!r}: {type(error).__name__}: {str(error)[:200]!r}", file=sys.stderr)
+            print(f"ieft-page: {scope['path'][:100]!r}: {type(error).__name__}: {str(error)[:200]!r}", file=sys.stderr)
             if not has_begun:
                 await _refusal(400, "A request as the page sends it expected.")(scope, receive, send)
 
