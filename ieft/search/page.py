@@ -48,6 +48,8 @@ HIDDEN_COLUMNS = ("vector", "state", "limits")
 KEPT_SECONDS = 1800  # uploads, thumbnails, what a visitor was shown last
 THUMB, DETAIL = 320, 512
 MOST_CAPTIONS = 5  # of the index, shown for an uploaded image
+# What visitors send comes as they sent it: `visitors` checks it and reads images, with messages that name the setting.
+UNCHECKED = {"preprocess": False}
 EXAMPLE_NAMES = {"+": "like {}", "-": "not like {}"}
 WEB = Path(__file__).parent / "web"  # what browsers load: the map, its library, the style
 EXAMPLES = (
@@ -125,10 +127,7 @@ class SearchPage:
         )
         with gr.Accordion("An image as the question", open=False, elem_id="by_image"):
             label = f"Images like this one; a file of up to {LARGEST_UPLOAD // MEGABYTE} MB"
-            self.upload = gr.Image(
-                label=label, type="filepath", sources=["upload", "clipboard"], height=240, elem_id="upload"
-            )
-            self.upload.preprocess = lambda sent: sent and sent.path  # decoding is ours: `read_upload`
+            self.upload = gr.Image(label=label, sources=["upload", "clipboard"], height=240, elem_id="upload")
             self.captions = gr.HTML(visible=False, elem_id="captions")
         with gr.Accordion("Filters and settings", open=False, elem_id="filters"):
             with gr.Row():
@@ -190,8 +189,6 @@ class SearchPage:
                 ]
         self.settings = [top_k, rerank_top_k, width, height, name, placed, where, self.bbox, first, last, *weights]
         self.asked = [self.caption, self.without, self.upload, self.examples, *self.settings]
-        for setting in (self.examples, *self.settings):  # checked by `visitors`, whose messages name the setting
-            setting.preprocess = lambda sent: sent
 
     def _lay_out_answers(self):
         with gr.Row(equal_height=False):
@@ -237,7 +234,7 @@ class SearchPage:
             self.query, self.hits, self.upload, self.captions, self.summary, self.link, self.answers, self.gallery,
             self.geojson, self.map, self.unplaced, self.detail,
         ]  # fmt: skip
-        hidden = {"api_visibility": "private"}
+        hidden = {"api_visibility": "private", **UNCHECKED}
         one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "network"}
         search = {"fn": self.search, "inputs": self.asked, "outputs": shown, **one_at_a_time, **hidden}
         search["api_name"] = "page"
@@ -274,7 +271,7 @@ class SearchPage:
 
     def _add_api(self):
         """Endpoints for programs; their inputs are those of the page, their outputs are data."""
-        call = {"concurrency_limit": 1, "concurrency_id": "network", "api_visibility": "public"}
+        call = {"concurrency_limit": 1, "concurrency_id": "network", "api_visibility": "public", **UNCHECKED}
         button, found, picture = gr.Button(visible=False), gr.JSON(visible=False), gr.Image(visible=False)
         identifier = gr.Textbox(label="id of an image that was found", visible=False)
         examples = gr.JSON([], label="ids of images that were found, with + or - before each", visible=False)
@@ -345,10 +342,11 @@ class SearchPage:
         top_k, rerank_top_k, weights, filters = check_settings(settings)
         image = None
         if file is not None:
-            if not isinstance(file, str):
+            path = file.get("path") if isinstance(file, dict) else None
+            if not isinstance(path, str):
                 raise told("An image that was uploaded expected.")
             try:
-                image = read_upload(file)
+                image = read_upload(path)
             except ValueError as error:
                 raise UnreadableUpload(str(error)) from None
         query = self._query(sentence, without, image, examples, *weights)
@@ -408,13 +406,13 @@ class SearchPage:
 
     # What visitors select -------------------------------------------------------------------------------------------
 
-    def explain(self, query: str | None, hits: list | None, event: gr.SelectData) -> dict:
+    def explain(self, query: str | None, hits: list | None, event: gr.EventData) -> dict:
         """Show the hit selected in the gallery, with the heat map of the sentence if there is one."""
-        return self._explain(query, hits, event.index)
+        return self._explain(query, hits, part_of(event, "index"))
 
     def explain_of_map(self, query: str | None, hits: list | None, event: gr.EventData) -> dict:
         """Show the hit selected on the map, which is then selected in the gallery too."""
-        index = event._data.get("index")
+        index = part_of(event, "index")
         return self._explain(query, hits, index) | {self.gallery: gr.Gallery(selected_index=index)}
 
     def _explain(self, query, hits, index):
@@ -465,7 +463,7 @@ class SearchPage:
 
     def take_box(self, event: gr.EventData) -> str:
         """The box that was drawn on the map, as the text of the filter."""
-        return check_text(event._data.get("box"), "box")
+        return check_text(part_of(event, "box"), "box")
 
     def open_link(self, request: gr.Request) -> list:
         """What the page's address asks."""
@@ -505,6 +503,11 @@ def archive_errors():
         print(f"ieft-page: {error}", file=sys.stderr)
         message = "An image of the archive is gone or damaged, or the index is. The page's log tells which."
         raise told(message) from None
+
+
+def part_of(event, name):
+    """What a browser sent with an event; None where it did not."""
+    return event._data.get(name) if isinstance(event._data, dict) else None
 
 
 def draw_thumbnail(image, side):
