@@ -38,7 +38,7 @@ def check():
     sys.path.insert(0, str(ROOT))
     files = [*ROOT.glob("*.py"), *ROOT.glob("ieft/**/*.py")]
     modules = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files}
-    for name in sorted(modules - {"app", "ieft.search.page", "ieft.search.visitors", "ieft.search.cluster"}):
+    for name in sorted(modules - {"app", "ieft.page.page", "ieft.page.visitors", "ieft.search.cluster"}):
         import_module(name)
     from PIL import Image
 

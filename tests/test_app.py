@@ -32,15 +32,15 @@ import httpx  # noqa: E402
 from test_index import CAPTIONS, checkpoint, loaded  # noqa: E402, F401
 
 from ieft.data.images import read_image  # noqa: E402
-from ieft.search import page_command, visitors  # noqa: E402
+from ieft.page import command, visitors  # noqa: E402
+from ieft.page.links import SETTINGS, read_link, write_link  # noqa: E402
+from ieft.page.map_view import map_of, view_around  # noqa: E402
+from ieft.page.page import SearchPage  # noqa: E402
+from ieft.page.visitors import Gate, check_number, name_visitor, read_upload, write_filter  # noqa: E402
 from ieft.search.archive_files import find_images  # noqa: E402
 from ieft.search.explain import draw_heat_map, explain_pair  # noqa: E402
 from ieft.search.index import ImageIndex  # noqa: E402
-from ieft.search.links import SETTINGS, read_link, write_link  # noqa: E402
-from ieft.search.map_view import map_of, view_around  # noqa: E402
-from ieft.search.page import SearchPage  # noqa: E402
 from ieft.search.queries import Query  # noqa: E402
-from ieft.search.visitors import Gate, check_number, name_visitor, read_upload, write_filter  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -93,9 +93,9 @@ def served(tmp_path_factory, checkpoint, archive):  # noqa: F811
         "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
     } | {name: str(value) for name, value in named.items()}  # fmt: skip
     log = folder / "log"
-    command = [sys.executable, "app.py", "--requests_per_minute", str(REQUESTS_PER_MINUTE)]
+    started = [sys.executable, "app.py", "--requests_per_minute", str(REQUESTS_PER_MINUTE)]
     with open(log, "w") as output:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(started, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
         wait_for(lambda: "Running on" in log.read_text() or process.poll() is not None, 2 * PATIENCE)
         assert process.poll() is None, log.read_text()
@@ -470,8 +470,8 @@ def example(kind, served, folder, archive):
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 def test_the_example_with_curl(served, tmp_path, archive, index):
-    command = ["bash", "-c", example("bash", served, tmp_path, archive)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    script = ["bash", "-c", example("bash", served, tmp_path, archive)]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and not done.stderr, done.stderr
     found, explained, similar = map(json.loads, done.stdout.splitlines())
     hits = found[0]["hits"]
@@ -819,19 +819,19 @@ def test_a_damaged_upload_is_an_image_or_a_message(tmp_path_factory, kind, data)
 
 def test_what_app_needs_is_said(tmp_path, checkpoint, capsys):  # noqa: F811
     with pytest.raises(SystemExit):
-        page_command.main(["--index", str(tmp_path)])
+        command.main(["--index", str(tmp_path)])
     assert "IEFT_MODEL" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="No index at"):
-        page_command.main(["--model", str(checkpoint), "--index", str(tmp_path / "none")])
+        command.main(["--model", str(checkpoint), "--index", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="there are none"):
-        page_command.main(["--model", str(checkpoint), "--index", str(tmp_path / "none"), "--archive", str(tmp_path)])
+        command.main(["--model", str(checkpoint), "--index", str(tmp_path / "none"), "--archive", str(tmp_path)])
 
 
 def test_scenes_are_drawn_once(tmp_path):
-    page_command.draw_archive(tmp_path, 2)
+    command.draw_archive(tmp_path, 2)
     first = tmp_path / "0000.png"
     before = first.read_bytes(), first.stat().st_mtime_ns
-    page_command.draw_archive(tmp_path, 3)
+    command.draw_archive(tmp_path, 3)
     assert (first.read_bytes(), first.stat().st_mtime_ns) == before
     assert [file.name for file in find_images(tmp_path)] == ["0000.png", "0001.png", "0002.png"]
     assert len(list(tmp_path.iterdir())) == 3

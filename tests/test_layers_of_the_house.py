@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "evaluation": {"cpu"},
     "training": {"evaluation"},
     "search": {"data", "evaluation"},
+    "page": {"data", "search"},
     "hub": set(),
 }
 HUB_FILES = {"configuration_ieft", "layers_ieft", "modeling_ieft", "processing_ieft", "ranking_ieft", "pipeline_ieft"}

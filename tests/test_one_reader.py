@@ -17,8 +17,8 @@ import ieft  # noqa: F401 (makes the reader known to the processor)
 import processing_ieft
 from ieft.data import images
 from ieft.data.images import Scene, Window, read_image
+from ieft.page.visitors import read_upload
 from ieft.search.archive_files import read_hit
-from ieft.search.visitors import read_upload
 from prepare_datasets import load_retrieval_dataset
 from processing_ieft import IeftImageProcessor, array_to_rgb, to_rgb
 

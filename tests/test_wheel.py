@@ -87,8 +87,8 @@ def test_the_wheel_works_from_another_folder(installed, saved, tmp_path):  # noq
     done = run(sys.executable, script, folder, image, *captions)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(sorted(scores.tolist(), reverse=True), abs=1e-5)
-    web = {file.name for file in (installed / "ieft" / "search" / "web").iterdir()}
-    assert web == {file.name for file in (ROOT / "ieft" / "search" / "web").iterdir()} and "leaflet.js" in web
-    assert "ieft.search.page_command" in (installed / "bin" / "ieft-page").read_text()
+    web = {file.name for file in (installed / "ieft" / "page" / "web").iterdir()}
+    assert web == {file.name for file in (ROOT / "ieft" / "page" / "web").iterdir()} and "leaflet.js" in web
+    assert "ieft.page.command" in (installed / "bin" / "ieft-page").read_text()
     command = run(sys.executable, installed / "bin" / "ieft-search", "--help")
     assert command.returncode == 0 and "query" in command.stdout, command.stderr

@@ -19,14 +19,9 @@ from starlette.middleware import Middleware
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
-from ieft.search.archive_files import read_hit, read_hits
-from ieft.search.explain import draw_heat_map, explain_pair
-from ieft.search.geography import SIDES, to_geojson
-from ieft.search.links import ASKED, SETTINGS, read_link, write_link
-from ieft.search.map_view import map_of, view_around
-from ieft.search.queries import Query
-from ieft.search.tables import quote
-from ieft.search.visitors import (
+from ieft.page.links import ASKED, SETTINGS, read_link, write_link
+from ieft.page.map_view import map_of, view_around
+from ieft.page.visitors import (
     LARGEST_UPLOAD,
     LONGEST_SIDE,
     MEGABYTE,
@@ -43,6 +38,11 @@ from ieft.search.visitors import (
     told,
     write_filter,
 )
+from ieft.search.archive_files import read_hit, read_hits
+from ieft.search.explain import draw_heat_map, explain_pair
+from ieft.search.geography import SIDES, to_geojson
+from ieft.search.queries import Query
+from ieft.search.tables import quote
 
 HIDDEN_COLUMNS = ("vector", "state", "limits")
 KEPT_SECONDS = 1800  # uploads, thumbnails, what a visitor was shown last

@@ -59,7 +59,7 @@ def main(arguments=None):
     if args.base_map and not is_tile_address(args.base_map):
         parser.error(f"--base_map: an http address with {{z}}, {{x}} and {{y}} expected; got {args.base_map!r}.")
     try:
-        from ieft.search.page import SearchPage, launch
+        from ieft.page.page import SearchPage, launch
     except ImportError as error:
         sys.exit(f"ieft-page: {error.name or error}: the page needs the extra `app`: pip install 'ieft[app]'.")
     hide_loading_bar()
