@@ -24,7 +24,8 @@ SCENES_SEED, SCENES_SIZE = 1, 192  # not the seed of training
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, text in (
-        ("model", "folder or Hub id of a checkpoint with contrastive heads"),
+        ("model", "folder or Hub id of a checkpoint, with contrastive heads unless there is an embedder"),
+        ("embedder", "a CLIP or SigLIP for the shortlist, as for ieft-search"),
         ("index", "a folder, or object storage such as s3://bucket/prefix"),
         ("archive", "a folder or an address of images to index first: what is new there"),
     ):
@@ -65,7 +66,7 @@ def main(arguments=None):
     hide_loading_bar()
     try:
         index = open_index(args)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"ieft-page: {error}")
     with tempfile.TemporaryDirectory(prefix="ieft-page-") as folder:
         # Gradio's own folder is shared by all its pages on a machine, and each serves all of it.
@@ -109,6 +110,7 @@ def open_index(args):
         root=root_of(archive) if archive else None,
         device=args.device,
         dtype=args.dtype,
+        embedder=args.embedder,
     )
     if files:
         report = index.add(files, bands=parse_bands(args.bands))
