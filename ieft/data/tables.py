@@ -50,11 +50,16 @@ def read_text(path):
 
 def read_json_lines(path):
     """The records of a file with one JSON object per line; only line feeds separate lines."""
+    return [record for _, record in number_json_lines(path)]
+
+
+def number_json_lines(path):
+    """Pairs of the number of a line and its record, as `read_json_lines`."""
     records = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                records.append(json.loads(line))
+                records.append((number, json.loads(line)))
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path} cannot be read as a table: line {number} is not JSON: {error}.") from error
     return records
@@ -71,6 +76,11 @@ def read_csv(path, known_names, check_names):
         ValueError: for a line with more fields than the first line has names, quotes that do not close, or a name
             that stands twice.
     """
+    return [record for _, record in number_csv(path, known_names, check_names)]
+
+
+def number_csv(path, known_names, check_names):
+    """Pairs of the number of a line and its record, as `read_csv`."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     text, first_line, forced = read_text(path), 1, None
     hint = re.match(r"\ufeff?\"?sep=(.)\"?(\r\n|\n|\r)", text)  # the first line of Excel
@@ -85,7 +95,7 @@ def read_csv(path, known_names, check_names):
         check_names(next(csv.reader(io.StringIO(text.lstrip(), newline=""), delimiter=delimiter)))
         raise
     names = _check_header(path, header)
-    return [dict(zip(names, row + [None] * (len(names) - len(row)), strict=True)) for _, row in rows]
+    return [(line, dict(zip(names, row + [None] * (len(names) - len(row)), strict=True))) for line, row in rows]
 
 
 def _find_delimiter(path, text, known_names):

@@ -3,7 +3,9 @@
     ieft-search index ARCHIVE --model outputs/demo --index archive.lance
     ieft-search index SCENE.tif --tile 256 --overlap 0.25 --model outputs/demo --index archive.lance
     ieft-search query "two white storage tanks beside a river" --model outputs/demo --index archive.lance
+    ieft-search query "storage tanks" --like photo.png --without clouds --model outputs/demo --index archive.lance
     ieft-search query --image photo.png --model outputs/demo --index archive.lance
+    ieft-search query --queries questions.txt --output hits.csv --model outputs/demo --index archive.lance
 
 Hits are printed as a table or JSON, or written as a contact sheet or GeoJSON.
 """
@@ -19,6 +21,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
 from transformers.utils import logging
 
 from ieft import IeftForImageTextRetrieval, IeftProcessor
@@ -31,6 +34,16 @@ from ieft.search.explain import draw_heat_map, explain_pair
 from ieft.search.feature_cache import KINDS
 from ieft.search.filters import without_place_in_code
 from ieft.search.geography import to_geojson
+from ieft.search.query_files import (
+    Question,
+    check_faults,
+    check_output,
+    find_example,
+    parse_weights,
+    read_questions,
+    to_queries,
+    write_hits,
+)
 from ieft.search.read_ahead import THREADS, ReadAhead, default_workers
 
 SHEET_COLUMNS, THUMB, GAP, LABEL = 5, 192, 12, 20
@@ -119,8 +132,28 @@ def build_parser():
     query = _add_command(commands, "query", query_index, "find images for a sentence, or images similar to an image")
     query.add_argument("caption", nargs="?", help="a sentence")
     query.add_argument("--image", help="an image file or its address, instead of a sentence")
-    query.add_argument("--bands", help="with --image, its bands to use as red, green and blue, from 1")
+    example = "an image file, its address, or a tile of the index such as 'city.tif [576 0 96 96]'"
+    parts = {
+        "--with": "another sentence that the image should fit; may be repeated",
+        "--like": f"{example}, that the image should be like; may be repeated",
+        "--without": "a sentence that the image should not fit; may be repeated",
+        "--unlike": f"{example}, that the image should not be like; may be repeated",
+    }
+    for name, text in parts.items():
+        query.add_argument(name, dest=name[2:] + "_", action="append", default=[], help=text)
+    query.add_argument(
+        "--weights",
+        help="positive numbers such as 1,2,0.5 for the sentence and each --with, --like, --without and --unlike, in "
+        "this order; by default 1, and 0.25 for what is not wanted",
+    )
+    query.add_argument(
+        "--queries",
+        help="a file of queries: a sentence in each line; or .csv or .jsonl with text, like, without, unlike, weights",
+    )
+    query.add_argument("--output", help="write the hits to this file: .csv, .jsonl or .parquet")
+    query.add_argument("--bands", help="bands of --image, --like and --unlike to use as red, green and blue, from 1")
     query.add_argument("--top_k", type=int, default=10)
+    query.add_argument("--offset", type=int, default=0, help="hits to leave out, for further pages")
     query.add_argument("--rerank_top_k", type=int, default=32, help="hits to re-rank with the network; 0: none")
     query.add_argument(
         "--where", help="SQL filter over the columns listed by `info`: \"width >= 256 AND file LIKE '%%port%%'\""
@@ -143,7 +176,7 @@ def build_parser():
     query.add_argument("--geojson", help="write the outlines of the hits to this GeoJSON file")
     query.add_argument("--stac", help="write the hits to this file as a STAC ItemCollection")
     query.add_argument(
-        "--overwrite", action="store_true", help="replace files of --sheet, --geojson, --stac and --explain"
+        "--overwrite", action="store_true", help="replace files of --output, --sheet, --geojson, --stac and --explain"
     )
     _add_command(commands, "info", show_info, "show what the index contains")
     export = _add_command(commands, "export", export_index, "print the metadata of the images as JSON lines")
@@ -298,11 +331,11 @@ def check_outputs(args):
     Raises:
         FileExistsError: if a file or a non-empty folder exists already.
     """
-    given = [output for output in (args.sheet, args.geojson, args.stac, args.explain) if output]
+    given = [output for output in (args.output, args.sheet, args.geojson, args.stac, args.explain) if output]
     outputs = [os.path.abspath(output) for output in given]
     if len(set(outputs)) < len(outputs):
         raise ValueError(
-            "--sheet, --geojson, --stac and --explain write to different places; two of them name the same one."
+            "--output, --sheet, --geojson, --stac and --explain write to different places; two of them name the same."
         )
     for output in given:
         path = Path(output)
@@ -314,17 +347,16 @@ def check_outputs(args):
 
 
 def query_index(args):
-    if (args.caption is None) == (args.image is None):
-        raise ValueError("Either a sentence or --image expected.")
-    if args.bands and args.image is None:
-        raise ValueError("--bands needs --image: the images of the index keep the bands that they were indexed with.")
-    if args.min_probability is not None and args.image is not None:
-        raise ValueError("--min_probability needs a sentence: similar images have no probability.")
+    check_query(args)
     check_outputs(args)
+    if args.queries:
+        return query_many(args)
     index = open_index(args)
     index.needs_files |= bool(args.sheet or args.explain)
-    found = look_up_image(index, args) if args.image is not None else look_up_caption(index, args)
+    found = look_up_image(index, args) if args.image is not None else look_up_question(index, args)
     hits = found["images"]
+    if args.output:
+        write_hits(args.output, [(question_of(args), hits)], index)
     if args.sheet:
         draw_sheet(hits).save(args.sheet, format="PNG")
     if args.geojson:
@@ -339,26 +371,98 @@ def query_index(args):
     return 0
 
 
-def look_up_caption(index, args):
-    """Search images for a sentence and, with --explain, explain the hits: {"images": hits}."""
-    options = {"rerank_top_k": args.rerank_top_k, "similarity_weight": args.similarity_weight}
-    options |= {"where": args.where, "bbox": args.bbox, "datetime": args.datetime}
-    options |= {"min_probability": args.min_probability}
-    hits = index.search(args.caption, top_k=args.top_k, **options)
+def check_query(args):
+    """Check that the options of `query` ask for one thing.
+
+    Raises:
+        ValueError: for two that exclude each other, one that lacks another, and what is no query.
+    """
+    is_asked = bool(args.caption is not None or args.with_ or args.like_ or args.without_ or args.unlike_)
+    if args.queries:
+        others = (args.image is not None, args.weights, args.sheet, args.geojson, args.stac, args.explain, args.json)
+        if is_asked or any(others) or not args.output:
+            raise ValueError(
+                "--queries takes all queries from its file, and needs --output FILE; no sentence, --image, --with, "
+                "--like, --without, --unlike, --weights, --json, --sheet, --geojson, --stac or --explain beside it."
+            )
+    elif is_asked == (args.image is not None):
+        raise ValueError(
+            "Either a sentence or --image expected, or parts of a query such as --like."
+            + " To combine a sentence and an image, use --like instead of --image." * is_asked
+        )
+    elif args.image is not None and (args.output or args.weights):
+        raise ValueError("--output and --weights are for queries by sentences, --like and --unlike, not for --image.")
+    elif is_asked:
+        question = question_of(args)
+        question.check()
+        if args.explain and len(question.text) != 1:
+            raise ValueError(f"--explain explains one sentence that is wanted; there are {len(question.text)}.")
+    if args.min_probability is not None and not args.queries and not (is_asked and question_of(args).is_sentence):
+        raise ValueError("--min_probability needs one sentence alone: combinations and similar images have none.")
+    if args.output:
+        check_output(args.output)
+    if args.bands and not (args.image is not None or args.like_ or args.unlike_ or args.queries):
+        raise ValueError(
+            "--bands needs --image, --like or --unlike: the images of the index keep the bands that they were indexed "
+            "with."
+        )
+
+
+def question_of(args):
+    """The query of a command as a `Question`."""
+    text = [*([] if args.caption is None else [args.caption]), *args.with_]
+    return Question("1", text, args.like_, args.without_, args.unlike_, parse_weights(args.weights))
+
+
+def search_options(args):
+    """The options of `query` as `ImageIndex.search` takes them."""
+    names = ("top_k", "offset", "rerank_top_k", "similarity_weight", "min_probability", "where", "bbox", "datetime")
+    return {name: getattr(args, name) for name in names}
+
+
+def query_many(args):
+    """Write the hits of a file of queries."""
+    questions = read_questions(args.queries)
+    if args.min_probability is not None:
+        why = "--min_probability needs one sentence alone."
+        faults = {question.line: why for question in questions if not question.is_sentence}
+        check_faults(args.queries, faults, len(questions))
+    index = open_index(args)
+    start = time.perf_counter()
+    queries = to_queries(index, questions, args.queries, bands=parse_bands(args.bands))
+    found = index.search_many(queries, **search_options(args))
+    found = tqdm(found, "Searching", len(queries), unit=" queries", disable=not sys.stderr.isatty())
+    count, empty = write_hits(args.output, zip(questions, found, strict=True), index)
+    seconds = time.perf_counter() - start
+    print(f"{len(questions):,} queries, {count:,} hits in {args.output}, {seconds:,.1f} s")
+    if empty:
+        named = ", ".join(empty[:10]) + (f" and {len(empty) - 10:,} more" if len(empty) > 10 else "")
+        print(f"{len(empty):,} without a hit: {named}", file=sys.stderr)
+    return 0
+
+
+def look_up_question(index, args):
+    """Search images for a sentence or a combination and, with --explain, explain the hits: {"images": hits}."""
+    question = question_of(args)
+    bands = parse_bands(args.bands)
+    images = {name: find_example(index, name, bands=bands) for name in [*question.like, *question.unlike]}
+    hits = index.search(question.to_query(images), **search_options(args))
     for hit, picture in read_hits(hits) if args.explain else ():
-        save_explanation(index, args.explain, picture, args.caption, hit)
+        save_explanation(index, args.explain, picture, question.text[0], hit)
     return {"images": hits}
 
 
 def look_up_image(index, args):
     """Search captions (explained with --explain) and similar images: {"captions": hits, "images": hits}."""
     image = read_image(open_file(args.image), bands=parse_bands(args.bands))
-    options = {"rerank_top_k": args.rerank_top_k, "similarity_weight": args.similarity_weight}
-    captions = index.search_captions(image, top_k=args.top_k, **options)
+    options = search_options(args)
+    filters = {name: options.pop(name) for name in ("where", "bbox", "datetime")}
+    del options["min_probability"]
+    captions = index.search_captions(image, **options)
     for hit in captions if args.explain else ():
         save_explanation(index, args.explain, image, hit["caption"], hit)
-    filters = {"where": args.where, "bbox": args.bbox, "datetime": args.datetime}
-    return {"captions": captions, "images": index.search_image(image, top_k=args.top_k, **filters)}
+    similar = index.search_image(image, top_k=args.top_k, offset=args.offset, **filters)
+    return {"captions": captions, "images": similar}
 
 
 def save_explanation(index, folder, image, caption, hit):

@@ -140,19 +140,22 @@ def search_many(
 
 
 def _search_in_turn(index, queries, at_once, top_k, offset, options):
-    unusable, warned = {}, set()
+    damaged, warned = {}, set()
     for some in cut(queries, at_once):
-        pages = _search_together(index, some, top_k, offset, options, unusable)
-        index.warn_of({file: why for file, why in unusable.items() if file not in warned})
-        warned.update(unusable)
+        pages, skipped = _search_together(index, some, top_k, offset, options, damaged)
+        index.warn_of({file: why for file, why in skipped.items() if file not in warned})
+        warned.update(skipped)
         yield from pages
 
 
-def _search_together(index, queries, top_k, offset, options, unusable):
+def _search_together(index, queries, top_k, offset, options, damaged):
     """A page of hits of each query; the network reads each sentence, and each image for all its sentences, once.
 
     Args:
-        unusable: file that cannot be read -> reason; others are added.
+        damaged: file that cannot be read -> reason; others are added.
+
+    Returns:
+        tuple: a list of `Hits`; the files that were skipped, with reasons.
     """
     seconds, scores = {}, {}
     with clock(seconds, "embed"):
@@ -163,9 +166,9 @@ def _search_together(index, queries, top_k, offset, options, unusable):
     while not is_scored:
         with clock(seconds, "shortlist"):
             for search in searches:
-                search.start(unusable)
+                search.start(damaged)
         with clock(seconds, "re-rank"):
-            is_scored = _score(index, searches, tokens, scores, unusable)
+            is_scored = _score(index, searches, tokens, scores, damaged)
     with clock(seconds, "re-rank"):
         for search in searches:
             search.re_rank(scores)
@@ -175,7 +178,7 @@ def _search_together(index, queries, top_k, offset, options, unusable):
         page.seconds = {name: spent / len(queries) for name, spent in seconds.items()}
         if not search.rerank_top_k:
             del page.seconds["re-rank"]
-    return pages
+    return pages, {file: why for search in searches for file, why in search.unusable.items()}
 
 
 def _embed_parts(index, queries):
@@ -189,18 +192,16 @@ def _embed_parts(index, queries):
         tokens |= zip(some, ids, strict=True)
         vectors = index.embed_captions(some) if index.embedder else index.embed_tokens(encoded)
         of_sentences |= zip(some, vectors, strict=True)
-    images = {id(part): part for part in parts if isinstance(part, Image)}
-    of_images = {}
-    for some in cut(images.values(), EMBEDDED_AT_ONCE):
-        of_images |= zip(map(id, some), index.embed_images(some), strict=True)
-    of_hits = read_vectors(index, [part for part in parts if isinstance(part, Mapping)])
+    images = [part for part in parts if isinstance(part, Image)]
+    hits = [part for part in parts if isinstance(part, Mapping)]
+    of_others = dict(zip(map(id, hits), read_vectors(index, hits), strict=True))
+    for some in cut({id(image): image for image in images}.values(), EMBEDDED_AT_ONCE):
+        of_others |= zip(map(id, some), index.embed_images(some), strict=True)
 
     def vector_of(part):
-        if isinstance(part, str):
-            return of_sentences[part]
         if isinstance(part, np.ndarray):
             return _unit(part, index.dim)
-        return of_images[id(part)] if isinstance(part, Image) else of_hits[_name(index, part)]
+        return of_sentences[part] if isinstance(part, str) else of_others[id(part)]
 
     return tokens, [np.stack([vector_of(part) for part, _ in query.parts]) for query in queries]
 
@@ -224,26 +225,23 @@ def _unit(vector, size):
 
 
 def read_vectors(index, hits):
-    """The embeddings of hits, as they were indexed: {(name, col, row): (E,)}.
+    """The embeddings of hits as they were indexed, a list of (E,).
 
     Raises:
         ValueError: for a hit that is not in the index.
     """
-    names = list(dict.fromkeys(_name(index, hit) for hit in hits))
+    names = [(index.name_of(hit["file"]), int(hit["col"]), int(hit["row"])) for hit in hits]
     found = {}
-    for some in cut([name for name in names if not is_not_text(name[0])], ROWS_AT_ONCE):
+    for some in cut(dict.fromkeys(name for name in names if not is_not_text(name[0])), ROWS_AT_ONCE):
         condition = " OR ".join(f"(file = {quote(file)} AND col = {col} AND row = {row})" for file, col, row in some)
         rows = index.select(condition, [*KEY, "vector"])
         found |= {place_of(row): np.array(row["vector"], np.float32) for row in rows}
-    for name in names:
-        if name not in found:
-            file, col, row = name
-            raise ValueError(f"{file} (column {col}, row {row}) is not in the index: search again for hits of today.")
-    return found
-
-
-def _name(index, hit):
-    return index.name_of(hit["file"]), int(hit["col"]), int(hit["row"])
+    for hit, (name, col, row) in zip(hits, names, strict=True):
+        if (name, col, row) not in found:
+            raise ValueError(
+                f"{hit['file']} (column {col}, row {row}) is not in the index, or no longer: search again for hits."
+            )
+    return [found[name] for name in names]
 
 
 class _Search:
@@ -255,11 +253,14 @@ class _Search:
         direction: (E,) whose product with a hit's embedding is added to the sentences' scores; None adds nothing.
         rerank_top_k: hits that are re-ranked; none without a sentence.
         hits: the first ones, best first; those of `rerank_top_k` are re-ranked.
+        unusable: file -> why it is skipped; not what other queries found of it, so that the hits are those of a
+            search for this query alone.
     """
 
     def __init__(self, index, query, vectors, rerank_top_k, where, similarity_weight, min_probability):
         shares = np.array([share for _, share in query.parts])
         self.index, self.where, self.min_probability = index, where, min_probability
+        self.unusable = {}
         if min_probability is not None and not query.is_sentence:
             raise ValueError("min_probability needs one sentence alone: scores of combinations and images have none.")
         self.sentences = [(part, share) for part, share in query.parts if isinstance(part, str)]
@@ -275,8 +276,8 @@ class _Search:
         self.direction = direction if self.rerank_top_k and direction.any() else None
         self.has_probability = query.is_sentence and self.direction is None
 
-    def start(self, unusable):
-        """Find the first hits."""
+    def start(self, damaged):
+        """Find the first hits, of which those to re-rank are not among the `damaged` files."""
         first_size = max(self.rerank_top_k, FIRST_BLOCK)
         columns = self.index.columns
         of_first = ["state"] if self.rerank_top_k and self.index.states else []
@@ -284,10 +285,14 @@ class _Search:
 
         def fetch(size):
             kept = [*columns, *of_first] if size == first_size else columns
-            return self.index.find_nearest(self.vector, size, kept, self.where, unusable)
+            return self.index.find_nearest(self.vector, size, kept, self.where, self.unusable)
 
-        self.blocks = in_blocks(fetch, first_size, place_of)
-        self.hits = next(self.blocks)
+        known = True
+        while known:
+            self.blocks = in_blocks(fetch, first_size, place_of)
+            self.hits = next(self.blocks)
+            known = {hit["file"] for hit in self.hits[: self.rerank_top_k]} & damaged.keys()
+            self.unusable |= {file: damaged[file] for file in known}
         self.states = {place_of(hit): hit.pop("state") for hit in self.hits if "state" in hit}
         self.vectors = [hit.pop("vector") for hit in self.hits if "vector" in hit]
 
@@ -317,11 +322,11 @@ class _Search:
         return Hits(number(found)[offset : offset + top_k], best_probability=best_probability)
 
 
-def _score(index, searches, tokens, scores, unusable):
+def _score(index, searches, tokens, scores, damaged):
     """Score the pairs of hits and sentences that are not in `scores`.
 
     Returns:
-        bool: False if some images cannot be read, which are then added to `unusable`.
+        bool: False if some images cannot be read, which are then added to `damaged`.
     """
     missing = {}  # place -> (search, hit, sentences)
     for search in searches:
@@ -344,7 +349,8 @@ def _score(index, searches, tokens, scores, unusable):
         except UnreadableHit as error:
             if isinstance(error.__cause__, ConnectionError):  # others cannot be read either
                 raise error.__cause__ from error
-            _find_unreadable(hits, unusable)
+            damaged[error.file] = str(error)
+            _find_damaged(hits, damaged)
             return False
         scores |= zip(keys, map(float, of_pairs), strict=True)
     return True
@@ -363,12 +369,12 @@ class _States:
         return decode_state(self.contents[row])
 
 
-def _find_unreadable(hits, unusable):
+def _find_damaged(hits, damaged):
     for hit in hits:
         try:
             read_hit(hit)
         except (OSError, ValueError) as error:
-            unusable[hit["file"]] = str(error)
+            damaged[hit["file"]] = str(error)
 
 
 def in_blocks(fetch, size, place):
