@@ -398,7 +398,7 @@ def check_query(args):
         if args.explain and len(question.text) != 1:
             raise ValueError(f"--explain explains one sentence that is wanted; there are {len(question.text)}.")
     if args.min_probability is not None and not args.queries and not (is_asked and question_of(args).is_sentence):
-        raise ValueError("--min_probability needs one sentence alone: combinations and similar images have none.")
+        raise ValueError("--min_probability needs a sentence alone: combinations and similar images have none.")
     if args.output:
         check_output(args.output)
     if args.bands and not (args.image is not None or args.like_ or args.unlike_ or args.queries):
@@ -424,7 +424,7 @@ def query_many(args):
     """Write the hits of a file of queries."""
     questions = read_questions(args.queries)
     if args.min_probability is not None:
-        why = "--min_probability needs one sentence alone."
+        why = "--min_probability needs a sentence alone."
         faults = {question.line: why for question in questions if not question.is_sentence}
         check_faults(args.queries, faults, len(questions))
     index = open_index(args)
