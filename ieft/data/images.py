@@ -36,13 +36,15 @@ class Window(NamedTuple):
     height: int
 
 
-def read_image(file, *, bands=None):
+def read_image(file, *, bands=None, describe=None):
     """Read an image file as upright PIL RGB of at most `MAX_PIXELS`.
 
     Args:
         file: a path, the file's bytes, or a `RemoteFile`.
         bands: numbers, from 1, of the three bands used as red, green and blue, or of a single grey band. With None,
             the bands that the file declares as red, green and blue, or all bands if there are one or three.
+        describe: where Pillow reads the file, called with width and height as stored, and with the opened image once
+            its pixels are read, so that the file need not be opened again for what else is in it.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -50,7 +52,7 @@ def read_image(file, *, bands=None):
         ValueError: if it cannot be decoded, or bands must be chosen first; `__cause__` is the reason alone.
     """
     with _errors_named(file):
-        image = _read_by_pillow(file, bands, most_pixels=MAX_PIXELS)
+        image = _read_by_pillow(file, bands, most_pixels=MAX_PIXELS, describe=describe)
         if image is not None:
             return image
         with Raster(file, bands) as raster:
@@ -179,10 +181,11 @@ class _errors_named:
             raise ValueError(f"{self.name} cannot be read as an image: {error or kind.__name__}") from error
 
 
-def _read_by_pillow(file, bands, *, most_pixels=None):
+def _read_by_pillow(file, bands, *, most_pixels=None, describe=None):
     """An image as RGB of at most `most_pixels` if Pillow reads it faithfully; None if a `Raster` must read it."""
     try:
         with open_lazily(file) as image:
+            size = image.size  # which changes with the scale that it is decoded at
             small = most_pixels is None or image.width * image.height <= most_pixels
             if image.format == "TIFF":
                 return to_rgb(image) if small and not bands and is_faithful(image) else None
@@ -190,7 +193,10 @@ def _read_by_pillow(file, bands, *, most_pixels=None):
             if deep and not small and has_raster_driver(file):
                 return None  # stretched whole, it would take gigabytes
             if is_faithful(image):
-                return _shrink(_pick_bands(image, bands), most_pixels)
+                rgb = _shrink(_pick_bands(image, bands), most_pixels)
+                if describe is not None:
+                    describe(*size, image)
+                return rgb
             if image.format == "PNG":
                 image.load()  # GDAL silently fills the missing part of truncated files
     except Exception:

@@ -33,6 +33,7 @@ from ieft.search.geography import (
     OWN_SIDES,
     PLACE_COLUMNS,
     locate,
+    metadata_of,
     place_of_bounds,
     read_metadata,
     warn_unplaced,
@@ -315,11 +316,17 @@ def find_limits(file, *, bands=None):
 
 def read_whole(file, *, bands=None):
     """The index row of a whole image, and the image."""
-    file = open_file(file, ahead=AHEAD)
-    picture = read_image(file, bands=bands)
-    width, height, _ = describe_image(file)  # as stored; the image read may be smaller
-    row = _describe_file(file, width, height, Window(0, 0, width, height))
-    return row | next(read_place_and_time(file)), picture
+    file, found = open_file(file, ahead=AHEAD), []
+
+    def describe(width, height, image):
+        if not has_raster_driver(file, windows=True):  # those may have a georeference
+            found.append((width, height, metadata_of(image)))
+
+    picture = read_image(file, bands=bands, describe=describe)
+    # As stored; the image read may be smaller.
+    width, height, place = found[0] if found else (*describe_image(file)[:2], next(read_place_and_time(file)))
+    check_was_read(file)
+    return _describe_file(file, width, height, Window(0, 0, width, height)) | place, picture
 
 
 def read_tiles(file, windows, *, bands=None, limits=None, warn=True):

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+from contextlib import suppress
 from datetime import datetime, timezone
 
 import numpy as np
@@ -285,24 +286,39 @@ def read_metadata(file, dataset=None):
         with a GPS position its point, in the columns of `locate`.
     """
     tags, columns = {}, {}
-    try:
+    with suppress(Exception):  # of damaged EXIF, and of kinds that Pillow does not open; the pixels are read elsewhere
         with open_lazily(file) as image:
             # Pillow looks for metadata behind the pixels of a PNG by decoding these.
             exif = image.getexif() if _has_late_metadata(image) else Image.Image.getexif(image)
-            taken = exif.get_ifd(ExifTags.IFD.Exif)
-            tags["TIFFTAG_DATETIME"] = exif.get(ExifTags.Base.DateTime)
-            zone = str(taken.get(ExifTags.Base.OffsetTimeOriginal) or "").strip("\0 ")
-            zone = zone if re.fullmatch(ZONE, zone) else ""  # cameras that know none write blanks and a colon
-            tags["DATETIMEORIGINAL"] = f"{taken.get(ExifTags.Base.DateTimeOriginal) or ''}".strip("\0 ") + zone
-            columns = _point(exif.get_ifd(ExifTags.IFD.GPSInfo))
-    except Exception:  # of damaged EXIF, and of kinds that Pillow does not open; the pixels are read elsewhere
-        pass
+            _read_exif(exif, tags, columns)
     if dataset is not None:
         for domain in (None, *dataset.tag_namespaces()):
             if not (domain or "").startswith("xml:"):
                 tags |= {name.upper(): value for name, value in dataset.tags(ns=domain).items()}
+    return columns | _acquired(tags)
+
+
+def metadata_of(image):
+    """As `read_metadata`, of a Pillow image whose pixels are read."""
+    tags, columns = {}, {}
+    with suppress(Exception):  # of damaged EXIF
+        _read_exif(image.getexif(), tags, columns)
+    return columns | _acquired(tags)
+
+
+def _read_exif(exif, tags, columns):
+    """Add the times of EXIF to `tags` and the place to `columns`, as far as they can be read."""
+    taken = exif.get_ifd(ExifTags.IFD.Exif)
+    tags["TIFFTAG_DATETIME"] = exif.get(ExifTags.Base.DateTime)
+    zone = str(taken.get(ExifTags.Base.OffsetTimeOriginal) or "").strip("\0 ")
+    zone = zone if re.fullmatch(ZONE, zone) else ""  # cameras that know none write blanks and a colon
+    tags["DATETIMEORIGINAL"] = f"{taken.get(ExifTags.Base.DateTimeOriginal) or ''}".strip("\0 ") + zone
+    columns |= _point(exif.get_ifd(ExifTags.IFD.GPSInfo))
+
+
+def _acquired(tags):
     acquired = next((time for name in TIME_TAGS if (time := parse_time(tags.get(name)))), None)
-    return columns | ({"acquired": acquired} if acquired else {})
+    return {"acquired": acquired} if acquired else {}
 
 
 def _has_late_metadata(image):

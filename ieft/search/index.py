@@ -398,12 +398,11 @@ class ImageIndex:
         """The name of a file in the index: relative to the root if it is below it, with the names of links."""
         if is_address(file):
             return file.removeprefix(os.path.join(self.root, "")) if self.root else file
-        file = os.path.abspath(file)
+        file, below = os.path.abspath(file), os.path.join(self.root, "") if self.root else None
+        if below and file.startswith(below):
+            return file.removeprefix(below)
         real = os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file))
-        for path in (file, real) if self.root else ():
-            if path.startswith(os.path.join(self.root, "")):
-                return os.path.relpath(path, self.root)
-        return real
+        return real.removeprefix(below) if below else real
 
     def _schema(self, columns, states=None):
         vector = pa.field("vector", pa.list_(pa.float32(), self.dim))

@@ -1,8 +1,10 @@
 """Adding to an index: images are read, embedded and written, each stage while the others are at work."""
 
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from itertools import islice
 
 import numpy as np
@@ -35,6 +37,8 @@ from ieft.search.tiles import Window, cut_windows
 from processing_ieft import check_text
 
 ROWS_AT_ONCE = 64
+MOST_BATCHES = 8  # in a transaction
+NAMES_AT_ONCE = 512  # that are looked up in the index, which takes about as long for a few as for these
 OVERLAP = 0.25
 BAR = "Indexing: {percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]"
 
@@ -45,7 +49,7 @@ def add_images(index, files, *, tile, overlap, bands, batch_size, num_workers, r
     names, unreadable = names_in_index(index, files)
     report = {"added": 0, "unchanged": 0, "unreadable": unreadable}
     prepared = index.prepared
-    at_once = min(batch_size, FILES_PER_TASK) if tile else batch_size  # a scene may have thousands of rows
+    at_once = FILES_PER_TASK if tile else NAMES_AT_ONCE  # a scene may have thousands of rows
     jobs = (
         (plan(name, index.path_of(name), rows, prepared, tile=tile, overlap=overlap, bands=bands), rows)
         for first in range(0, len(names), at_once)
@@ -54,8 +58,7 @@ def add_images(index, files, *, tile, overlap, bands, batch_size, num_workers, r
     threads = THREADS if any(is_address(index.path_of(name)) for name in names) else 1
     with (
         reader or ReadAhead(num_workers, threads=threads) as reader,
-        index.network() as network,
-        _Writer(index, network, batch_size, report) as writer,
+        _Writer(index, batch_size, report, reader.num_workers) as writer,
         Bar(len(names), progress) as bar,
     ):
         for job, rows, found in read_in_order(reader, jobs):
@@ -244,18 +247,23 @@ class Bar:
 
 
 class _Writer:
-    """Embeds rows, and writes them in a thread, a batch in a transaction, while the next is embedded.
+    """Embeds rows, and writes them in a thread while the next are embedded: as a context manager.
 
-    As a context manager, which waits for the last one.
+    A transaction writes the batches that were embedded while the one before was under way: one, unless the network is
+    very fast.
     """
 
-    def __init__(self, index, network, batch_size, report):
-        self.index, self.network, self.batch_size, self.report = index, network, batch_size, report
+    def __init__(self, index, batch_size, report, num_readers):
+        self.index, self.batch_size, self.report = index, batch_size, report
+        self.network, self._opened = None, ExitStack()
         self._thread, self._writing = ThreadPoolExecutor(1), None
         self._all_threads = torch.get_num_threads()
         self._num_threads = self._all_threads if index.model.device.type == "cpu" else 1
+        self._fewest_threads = max(1, self._num_threads - num_readers)
         self._computing = ThreadPoolExecutor(self._num_threads)
+        self._waits, self._last = True, time.perf_counter()
         torch.set_num_threads(max(1, self._all_threads // self._num_threads))
+        self._to_write = [], [], []
         self._start_batch()
 
     def _start_batch(self):
@@ -266,9 +274,10 @@ class _Writer:
 
     def __exit__(self, kind, *error):
         try:
-            with self._thread, self._computing:
+            with self._opened, self._thread, self._computing:
                 if kind is None:
                     self._flush()
+                    self._start_writing()
                     self._wait()
         finally:
             torch.set_num_threads(self._all_threads)
@@ -295,11 +304,25 @@ class _Writer:
             self._flush()
 
     def _flush(self):
+        start = time.perf_counter()
         columns = self._embed() if self._rows else []
+        self._compare(waited=start - self._last, computed=time.perf_counter() - start)
         rows = [row | of_row for row, of_row in zip(self._rows, columns, strict=True)]
-        self._wait()
-        self._writing = self._thread.submit(self._write, rows, self._unplaced, self._stale)
+        for waiting, new in zip(self._to_write, (rows, self._unplaced, self._stale), strict=True):
+            waiting.extend(new)
+        if self._writing is None or self._writing.done() or len(self._to_write[0]) >= MOST_BATCHES * self.batch_size:
+            self._start_writing()
         self._start_batch()
+
+    def _start_writing(self):
+        self._wait()
+        self._writing = self._thread.submit(self._write, *self._to_write)
+        self._to_write = [], [], []
+
+    def _compare(self, waited, computed):
+        """Find out whether the network waits for the readers: then it leaves processors to them."""
+        self._waits = waited > (0.1 if self._waits else 0.5) * computed
+        self._last = time.perf_counter()
 
     def _embed(self):
         """The columns of the batch, on a CPU a part of it in each thread.
@@ -307,7 +330,10 @@ class _Writer:
         One thread computes each part: threads that share each step of the network wait for each other actively, and
         take the processors from the workers.
         """
-        parts = np.array_split(np.stack(self._squares), min(self._num_threads, len(self._squares)))
+        if self.network is None:  # which takes a moment, in which images are read already
+            self.network = self._opened.enter_context(self.index.network())
+        count = self._fewest_threads if self._waits else self._num_threads
+        parts = np.array_split(np.stack(self._squares), min(count, len(self._squares)))
         return [row for rows in self._computing.map(self._embed_part, parts) for row in rows]
 
     @torch.no_grad()
