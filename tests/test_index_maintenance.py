@@ -33,7 +33,7 @@ from ieft.search.archive_files import find_images
 from ieft.search.command import main
 from ieft.search.geography import PLACE_COLUMNS
 from ieft.search.index import CHECKPOINT, KEY, STATES, ImageIndex, fingerprint_checkpoint
-from ieft.search.ingestion import _look_up, _plan, embed, write
+from ieft.search.ingestion import embed, look_up, plan, write
 from ieft.search.read_ahead import read_files
 from modeling_ieft import IeftForImageTextRetrieval
 from processing_ieft import IeftImageProcessor, IeftProcessor
@@ -101,7 +101,9 @@ def test_two_transactions_that_insert_one_key_leave_one_row(tmp_path, loaded, ar
     names = [first.name_of(file) for file in find_images(archive)]
     batches = []
     for each in (first, second):
-        jobs = [_plan(each, name, rows, 0, 0.25, None) for name, rows in _look_up(each, names).items()]
+        options = {"tile": 0, "overlap": 0.25, "bands": None}
+        found, images = look_up(each.table, names), each.processor.image_processor
+        jobs = [plan(name, each.path_of(name), rows, images, **options) for name, rows in found.items()]
         found = [row for of_file in read_files(jobs) for row in of_file.rows]
         with each.network() as network:
             vectors = embed(each, network, np.stack([square for _, square in found]))

@@ -1,7 +1,7 @@
 """Index of an image archive: a shortlist from a vector store (LanceDB), re-ranked by the network.
 
 The index is three LanceDB tables in a folder or in object storage such as `s3://bucket/prefix`. An image is a row, a
-large scene one row for each of its tiles. A batch is one transaction, and rows whose content has not changed are not
+large scene one row for each of its tiles. A transaction writes a batch or a few, and rows whose content has not changed are not
 embedded again: an interrupted addition resumes when it is run again. Several processes may add at once: the key of a
 row is the table's primary key, so that a transaction that would insert a row that another has just inserted is
 repeated. Two-stage retrieval: Miech et al., "Thinking Fast and Slow: Efficient Text-to-Visual Retrieval with
@@ -426,7 +426,7 @@ class ImageIndex:
             overlap: the fraction that neighbouring tiles share; 0.25 if only `tile` is given.
             bands: numbers, from 1, of three bands to use as red, green and blue, or of one. None takes those that an
                 image was indexed with before, or those that the file declares.
-            batch_size: rows that are embedded at once, and written in one transaction.
+            batch_size: rows that are embedded at once.
             num_workers: worker processes that read images, besides a thread. A script that asks for them must not
                 index on import: its main part stands below `if __name__ == "__main__"`, as for multiprocessing.
             reader: a `ReadAhead` with its workers, instead of `num_workers`; it is ended afterwards. One that was
