@@ -102,8 +102,8 @@ def test_two_transactions_that_insert_one_key_leave_one_row(tmp_path, loaded, ar
     batches = []
     for each in (first, second):
         options = {"tile": 0, "overlap": 0.25, "bands": None}
-        found, images = look_up(each.table, names), each.processor.image_processor
-        jobs = [plan(name, each.path_of(name), rows, images, **options) for name, rows in found.items()]
+        found = look_up(each.table, names)
+        jobs = [plan(name, each.path_of(name), rows, each.prepared, **options) for name, rows in found.items()]
         found = [row for of_file in read_files(jobs) for row in of_file.rows]
         with each.network() as network:
             vectors = embed(each, network, np.stack([square for _, square in found]))
