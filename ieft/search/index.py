@@ -1,11 +1,11 @@
 """Index of an image archive: a shortlist from a vector store (LanceDB), re-ranked by the network.
 
 The index is three LanceDB tables in a folder or in object storage such as `s3://bucket/prefix`. An image is a row, a
-large scene one row for each of its tiles. A transaction writes a batch or a few, and rows whose content has not changed are not
-embedded again: an interrupted addition resumes when it is run again. Several processes may add at once: the key of a
-row is the table's primary key, so that a transaction that would insert a row that another has just inserted is
-repeated. Two-stage retrieval: Miech et al., "Thinking Fast and Slow: Efficient Text-to-Visual Retrieval with
-Transformers", CVPR 2021.
+large scene one row for each of its tiles. A transaction writes a batch or a few, and rows whose content has not
+changed are not embedded again: an interrupted addition resumes when it is run again. Several processes may add at
+once: the key of a row is the table's primary key, so that a transaction that would insert a row that another has just
+inserted is repeated. Two-stage retrieval: Miech et al., "Thinking Fast and Slow: Efficient Text-to-Visual Retrieval
+with Transformers", CVPR 2021.
 """
 
 import hashlib
