@@ -26,6 +26,7 @@ from ieft.search import index as index_module  # noqa: E402
 from ieft.search.archive_files import find_images, read_hit  # noqa: E402
 from ieft.search.index import ImageIndex  # noqa: E402
 from ieft.search.queries import merge_overlaps  # noqa: E402
+from ieft.search.tables import any_of
 
 CAPTIONS = ["two red houses .", "a green river .", "many grey ships beside a beach ."]
 NUM_IMAGES = 24
@@ -211,7 +212,11 @@ def test_the_vector_index_finds_what_the_comparison_does(index, monkeypatch):
     monkeypatch.setattr(index_module, "FEWEST_FOR_VECTOR_INDEX", 1000)
     index.table.create_index("vector", config=IvfPq(distance_type="dot", num_sub_vectors=1))  # as it was: replaced
     index.optimize()
-    assert [found.index_type for found in index.table.list_indices()] == ["IvfSq"]
+    assert sorted(found.index_type for found in index.table.list_indices()) == ["BTree", "IvfSq"]
+    name = index.table.search().limit(1).to_list()[0]["file"]
+    where = any_of([name, "none"])
+    assert "ScalarIndexQuery" in index.table.search().where(where).explain_plan(verbose=True)
+    assert {row["file"] for row in index.select(where, ["file"])} == {name}
     assert part_found(index, queries) > 0.98
 
 

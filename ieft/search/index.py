@@ -26,7 +26,7 @@ import torch
 
 try:
     import lancedb
-    from lancedb.index import IvfSq
+    from lancedb.index import BTree, IvfSq
 except ImportError as error:
     raise ImportError("The index needs lancedb: pip install 'ieft[search]'.") from error
 
@@ -81,7 +81,7 @@ CHECKPOINT, STATES, EMBEDDER = b"ieft_checkpoint", b"ieft_states", b"ieft_embedd
 # In the table of settings, which can change: the folder that paths are relative to; the fingerprint, where an earlier
 # version wrote another one into the schema; the embedder's name, where it was moved.
 ROOT, MADE_BY, MOVED_EMBEDDER = "root", "checkpoint", "embedder"
-FEWEST_FOR_VECTOR_INDEX = 50_000  # below, search is exact, in milliseconds
+FEWEST_FOR_VECTOR_INDEX = 50_000  # below, search is exact, and names are found, in milliseconds
 PARTITION_ROWS = 1024
 PROBES, REFINE = 40, 2  # partitions searched; candidates per hit that are re-scored with full vectors
 MOST_SKIPPED = 10_000  # most rows of a shortlist that are searched for existing files
@@ -463,12 +463,16 @@ class ImageIndex:
     def optimize(self):
         """Compact the tables and delete versions of them older than an hour.
 
-        From 50,000 rows on, the vector index is updated. Duplicate rows of earlier versions are removed.
+        From 50,000 rows on, the indexes of vectors and of names are updated. Duplicate rows of earlier versions are
+        removed.
         """
         for table, key in ((self.table, KEY), (self.captions, ["caption"])):
             remove_doubles(table, key)
             kinds = [found.index_type for found in table.list_indices()]  # an earlier version's was IvfPq
-            if table.count_rows() >= FEWEST_FOR_VECTOR_INDEX and "IvfSq" not in kinds:
+            is_large = table.count_rows() >= FEWEST_FOR_VECTOR_INDEX
+            if is_large and "BTree" not in kinds:
+                retry(table.create_index, key[0], config=BTree())
+            if is_large and "IvfSq" not in kinds:
                 # One byte per number of a vector: nearly exact, and built faster than product quantization. A size of
                 # partitions stays valid when rows are added; with a number of partitions, most would be merged then.
                 config = IvfSq(distance_type="dot", target_partition_size=PARTITION_ROWS)
