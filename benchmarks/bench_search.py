@@ -67,9 +67,10 @@ def draw_vectors(count, width, seed):
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-def add_vectors(index, files, count):
+def add_vectors(index, files, count, start=0):
+    """Add rows `start` to `count`."""
     width = index.model.config.contrastive_dim
-    for first in range(0, count, ROWS_AT_ONCE):
+    for first in range(start, count, ROWS_AT_ONCE):
         numbers = np.arange(first, min(count, first + ROWS_AT_ONCE))
         columns = {name: pa.nulls(len(numbers), kind) for name, kind in METADATA.items()}
         columns["file"] = pa.array([files[number % FILES] for number in numbers])
