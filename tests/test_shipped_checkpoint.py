@@ -32,6 +32,7 @@ def test_it_tells_water_from_grass(retrieval):
     grass = np.clip(np.array([70, 110, 50]) + 12 * noise, 0, 255).astype(np.uint8)
     for query, expected in (("this is a piece of blue sea .", water), ("this is a piece of green meadow .", grass)):
         (best,) = retrieval(query, [water, grass], top_k=1)
+        assert 0 < best["probability"] < 1  # it is calibrated
         assert np.array_equal(np.asarray(best["image"]), expected), query
 
 
@@ -41,3 +42,5 @@ def test_its_card_has_the_results_in_its_folder():
         results = json.loads(path.read_text(encoding="utf-8"))
         for name in ("mean_recall", "dedup_mean_recall"):
             assert re.search(rf"\b{results[name]:.1f}\b", card), f"{path.name}: {name}"
+    judged = json.loads((FOLDER / "probability.json").read_text(encoding="utf-8"))
+    assert f"{judged['pairs']:,} pairs" in card and f"{judged['ece']:.3f}" in card and judged["ece"] < 0.05

@@ -105,6 +105,7 @@ def reliability_diagram(judged, path):
     axes.set_ylim(-0.02, 1.02)
     counts.bar(probability, pairs, width=0.04)
     counts.set_yscale("log")
+    counts.set_ylim(bottom=0.7)
     counts.set_ylabel("pairs")
     counts.set_xlabel("probability")
     counts.set_xlim(-0.02, 1.02)
