@@ -190,7 +190,7 @@ def slow_search(index, images, embedded, wanted, caption, weight):
     return sorted(order[:SHORTLIST], key=scores.get, reverse=True) + order[SHORTLIST:], scores
 
 
-def test_search_is_a_plain_double_loop_of_that_library_and_ieft(index, library, archive):
+def test_search_is_a_plain_double_loop_of_that_library_and_ieft(index, library, archive, monkeypatch):
     embed, scale = library
     images = {str(file): read_image(file) for file in find_images(archive)}
     embedded = {file: embed["image"](image) for file, image in images.items()}
@@ -201,6 +201,11 @@ def test_search_is_a_plain_double_loop_of_that_library_and_ieft(index, library, 
             order, scores = slow_search(index, images, embedded, wanted, caption, weight * scale)
             assert [hit["file"] for hit in hits] == order
             np.testing.assert_allclose([hit["score"] for hit in hits], [scores[file] for file in order], atol=1e-4)
+    for name in ("calibration_scale", "calibration_offset"):  # fitted to shortlists of the checkpoint's own heads
+        monkeypatch.setattr(index.model.config, name, 1.0)
+    assert not index.has_probability and {hit["probability"] for hit in index.search(CAPTIONS[0])} == {None}
+    with pytest.raises(ValueError, match="made with the embedder"):
+        index.search(CAPTIONS[0], min_probability=0.5)
     file = list(images)[4]
     assert index.search_image(images[file], top_k=1)[0]["file"] == file
     index.add_captions(CAPTIONS)

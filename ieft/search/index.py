@@ -295,8 +295,9 @@ class ImageIndex:
 
     @property
     def has_probability(self):
-        """Whether the checkpoint is calibrated, so that re-ranked hits of a sentence have a probability."""
-        return self.model.config.calibration_scale is not None
+        """Whether re-ranked hits of a sentence have a probability: those of a calibrated checkpoint, whose own heads
+        make the shortlists that it was fitted to."""
+        return self.embedder is None and self.model.config.calibration_scale is not None
 
     @property
     def root(self):
@@ -708,7 +709,7 @@ class ImageIndex:
             Hits: as `shortlist`, with `rank` from 1, `stage` ("re-ranked" or "shortlist") and `score`: the matching
             score of re-ranked hits, or of a combination the weighted mean of its parts' scores; the similarity of
             others, which always follow them. `probability` is that of the matching score of one sentence
-            (`RankingMixin.probability`), None for other scores and for a checkpoint that was not calibrated. Of
+            (`RankingMixin.probability`), None for other scores and where `has_probability` is False. Of
             overlapping tiles, only the best is returned: see `merge_overlaps`.
 
         Raises:
@@ -761,7 +762,8 @@ class ImageIndex:
         if rerank_top_k and nearest:
             with clock(seconds, "re-rank"):
                 scores = self._score_captions(image, [hit["caption"] for hit in nearest[:rerank_top_k]])
-                probabilities = None if similarity_weight else self.model.probability(torch.as_tensor(scores))
+                is_fitted = self.has_probability and not similarity_weight
+                probabilities = self.model.probability(torch.as_tensor(scores)) if is_fitted else None
                 weight = similarity_weight * self.similarity_scale()
                 scores = [score + weight * hit["similarity"] for score, hit in zip(scores, nearest, strict=False)]
                 nearest = order(scores, nearest, probabilities)

@@ -131,7 +131,7 @@ def search_many(
 ):  # fmt: skip
     """The hits of each query, in their order: see `ImageIndex.search_many`."""
     check_options(top_k, rerank_top_k, similarity_weight, offset)
-    check_min_probability(index.model, min_probability, rerank_top_k, similarity_weight)
+    check_min_probability(index, min_probability, rerank_top_k, similarity_weight)
     where = write_where(where, bbox, datetime)
     at_once = max(1, PAIRS_AT_ONCE // max(rerank_top_k, FIRST_BLOCK))
     return _search_in_turn(
@@ -274,7 +274,7 @@ class _Search:
         factors = np.array([similarity_weight if isinstance(part, str) else 1.0 for part, _ in query.parts])
         direction = index.similarity_scale() * (factors * shares) @ vectors
         self.direction = direction if self.rerank_top_k and direction.any() else None
-        self.has_probability = query.is_sentence and self.direction is None
+        self.has_probability = index.has_probability and query.is_sentence and self.direction is None
 
     def start(self, damaged):
         """Find the first hits, of which those to re-rank are not among the `damaged` files."""
