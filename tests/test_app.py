@@ -35,7 +35,7 @@ from ieft.data.images import read_image  # noqa: E402
 from ieft.page import command, visitors  # noqa: E402
 from ieft.page.links import SETTINGS, read_link, write_link  # noqa: E402
 from ieft.page.map_view import map_of, view_around  # noqa: E402
-from ieft.page.page import SearchPage  # noqa: E402
+from ieft.page.page import SearchPage, name_of  # noqa: E402
 from ieft.page.visitors import Gate, check_number, name_visitor, read_upload, write_filter  # noqa: E402
 from ieft.search.archive_files import find_images  # noqa: E402
 from ieft.search.explain import draw_heat_map, explain_pair  # noqa: E402
@@ -235,9 +235,28 @@ def test_a_sentence_finds_images_and_a_click_says_why(open_page, index, loaded):
     assert words == [f"{word} {part:+.2f}" for word, part in explanation.words]
     shown = shown_picture(page)
     assert difference(shown, draw_heat_map(picture, explanation.heat)) < 20 < difference(shown, picture)
+    # More like this one, less like another, and without what a second sentence says; the link asks the same.
+    page.fill("#without textarea, #without input", CAPTIONS[1])
+    page.click("#more")
+    wanted, unwanted = [CAPTIONS[0], hits[1]], [CAPTIONS[1]]
+    more = index.search(Query(wanted, unwanted), top_k=12)
+    wait_for(lambda: labels(page) == expected_labels(more))
+    page.locator("#gallery .thumbnail-item").nth(2).click()
+    page.wait_for_function(f"document.querySelector('#reasons table')?.innerText.includes({name_of(more[2])!r})")
+    page.click("#less")
+    less = index.search(Query(wanted, [*unwanted, more[2]]), top_k=12)
+    wait_for(lambda: labels(page) == expected_labels(less))
+    chosen = [f"like {name_of(hits[1])}", f"not like {name_of(more[2])}"]
+    assert page.locator("#liked label").all_inner_texts() == chosen
+    wait_for(lambda: page.url.count("examples=") == 2)
+    page.reload()
+    assert labels(page) == expected_labels(less) and page.locator("#liked label").all_inner_texts() == chosen
+    page.locator("#liked input").last.uncheck()
+    wait_for(lambda: labels(page) == expected_labels(more))
 
 
 def test_an_image_finds_itself_and_a_click_shows_it(open_page, index, archive):
+    index.add_captions(["a <b>lake</b> & two ships", *CAPTIONS[:2]])
     page = open_page(expected=UPLOAD_NOISE)
     file = archive / "Scene_04.png"
     upload(page, file.read_bytes())
@@ -246,6 +265,9 @@ def test_an_image_finds_itself_and_a_click_shows_it(open_page, index, archive):
     page.locator("#gallery .thumbnail-item").first.click()
     assert difference(shown_picture(page), read_image(file)) < 20
     assert "Scene_04.png" in page.inner_text("#reasons") and not page.locator("#reasons .word").count()
+    fitting = [hit["caption"] for hit in index.search_captions(read_image(file))]
+    assert [text.rsplit(" ", 1)[0] for text in page.locator("#captions li").all_inner_texts()] == fitting
+    assert "a <b>lake</b> & two ships" in fitting and not page.locator("#link a").count()
 
 
 def test_what_cannot_be_searched_gets_a_message_and_the_page_goes_on(open_page):
@@ -381,20 +403,16 @@ def test_the_map_on_a_phone_and_in_the_dark(open_page, width, scheme):
         "['#map .map', '#map .degrees'].map(each => getComputedStyle(document.querySelector(each)))"
         ".map((style, at) => at ? style.color : style.backgroundColor)"
     )
+    if width == 390:  # names are text there too
+        page.click("#filters > button")
+        page.get_by_label("File name contains").fill("ONERROR=alert(1)> it's 100%")
+        page.get_by_text("a curved river with a bridge over it").click()  # an example is searched for at once
+        assert "1 of 1 images" in summary(page, "1 of 1")
+        page.locator("#gallery .thumbnail-item").tap()
+        page.wait_for_selector("#reasons .word")
+        assert HOSTILE_NAME in page.inner_text("#reasons table") and has_no_sideways_scroll(page)
     lightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in (background, text)]
     assert lightness[0] < 0.3 < lightness[1] if scheme == "dark" else lightness[0] > 0.8 > lightness[1]
-
-
-def test_names_are_text_and_a_phone_needs_no_sideways_scroll(open_page):
-    page = open_page(viewport={"width": 390, "height": 844})
-    assert has_no_sideways_scroll(page)
-    page.click("#filters button")
-    page.get_by_label("File name contains").fill("ONERROR=alert(1)> it's 100%")
-    page.get_by_text("a curved river with a bridge over it").click()  # an example is searched for at once
-    assert len(labels(page)) == 1
-    page.locator("#gallery .thumbnail-item").click()
-    page.wait_for_selector("#reasons .word")
-    assert HOSTILE_NAME in page.inner_text("#reasons table") and has_no_sideways_scroll(page)
 
 
 def test_too_many_requests_get_a_message(open_page, served):
@@ -502,8 +520,11 @@ def test_the_example_with_the_client_of_gradio(served, tmp_path, archive, monkey
 def test_what_the_api_is_asked_is_checked_and_counted(client, served):
     assert "Write a sentence first" in call(client, "search", *asked(without="planes"))
     known = call(client, "search", *asked(CAPTIONS[0]))[0]["hits"][0]["id"]
-    for examples, said in ((["x"], "with + or -"), (["+x"], "The id of an image"), (["+a.1.2"], "not in the archive"),
-                           (["+" + known] * 9, "Up to 8"), ("+a", "as a list")):  # fmt: skip
+    many = [f"+{number}.0.0" for number in range(9)]
+    for examples, said in (
+        (["x"], "with + or -"), (["+x"], "The id of an image"), (["+a.1.2"], "not in the archive"),
+        (["+" + known] * 2, "Each example once"), (many, "Up to 8"), ("+a", "as a list"),
+    ):  # fmt: skip
         assert said in call(client, "search", *(asked()[:3] + [examples] + DEFAULTS)), examples
     assert "The id of an image" in call(client, "explain", "' OR 1=1 --", CAPTIONS[0])
     with httpx.Client(base_url=served.url, headers=another_visitor()) as other:
@@ -597,6 +618,8 @@ def test_uploads_and_questions_are_bounded(client):
         (9, "2021/2022", "datetime must be a time such as"),
         (10, 0, "A weight from 0.05 to 4 expected"),
         (11, float("1e9"), "A weight from 0.05 to 4 expected"),
+        (12, 2, "A probability from 0 to 1 expected"),
+        (12, 0.5, "by a calibrated network"),
     ],
     ids=lambda each: ascii(each)[:30],
 )  # fmt: skip

@@ -9,6 +9,7 @@ from ieft.search.queries import UNWANTED_WEIGHT
 SETTINGS = {
     "top_k": 12, "rerank_top_k": 32, "width": 0, "height": 0, "name": "", "placed": False, "where": "", "bbox": "",
     "acquired_from": "", "acquired_to": "", "image_weight": 1.0, "unwanted_weight": UNWANTED_WEIGHT,
+    "min_probability": 0.0,
 }  # fmt: skip
 ASKED = {"sentence": "", "without": "", "examples": ()}  # an uploaded image is in no link
 NUMBERS = {int: r"[0-9]{1,9}", float: r"[0-9]{1,3}(\.[0-9]{1,3})?"}

@@ -67,6 +67,7 @@ SCORES = (
     "Select an image to see what spoke for it. Scores order the images of one search: re-ranked ones by the network's "
     "score, any number; the shortlist's own by the similarity of embeddings, at most 1."
 )
+PROBABILITIES = " The percentage is the probability that a sentence alone belongs to the image."
 MAP = """<div class="map-and-buttons"><div class="map" role="region" aria-label="Map of the images found"></div>
 <div class="buttons"><button type="button" class="draw" aria-pressed="false">Draw a box</button>
 <button type="button" class="here">Search in this view</button>
@@ -187,7 +188,18 @@ class SearchPage:
                         ("unwanted_weight", "Weight of what is not wanted"),
                     )
                 ]
-        self.settings = [top_k, rerank_top_k, width, height, name, placed, where, self.bbox, first, last, *weights]
+            least = gr.Slider(
+                0,
+                1,
+                SETTINGS["min_probability"],
+                step=0.01,
+                label="Probability, at least: what a sentence alone fits less is not shown",
+                visible=self.index.has_probability,
+                elem_id="min_probability",
+            )
+        self.settings = [
+            top_k, rerank_top_k, width, height, name, placed, where, self.bbox, first, last, *weights, least
+        ]  # fmt: skip
         self.asked = [self.caption, self.without, self.upload, self.examples, *self.settings]
 
     def _lay_out_answers(self):
@@ -200,7 +212,7 @@ class SearchPage:
                     label="Images, best first", allow_preview=False, columns=None, object_fit="cover",
                     height="auto", buttons=[], elem_classes="gallery", elem_id="gallery",
                 )  # fmt: skip
-                gr.Markdown(SCORES)
+                gr.Markdown(SCORES + (PROBABILITIES if self.index.has_probability else ""))
                 self.geojson = gr.DownloadButton(
                     "Download as GeoJSON", size="sm", visible=self.has_places, elem_id="geojson"
                 )
@@ -237,7 +249,7 @@ class SearchPage:
         hidden = {"api_visibility": "private", **UNCHECKED}
         one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "network"}
         search = {"fn": self.search, "inputs": self.asked, "outputs": shown, **one_at_a_time, **hidden}
-        search["api_name"] = "page"
+        search |= {"api_name": "page", "show_progress_on": [self.summary, self.gallery]}
         again = search | {"fn": self.search_again}
 
         def then_link(searched):
@@ -258,16 +270,15 @@ class SearchPage:
         then_link(gr.on([self.examples.input, self.upload.clear], **again))
         explained = [self.chosen, self.map, self.detail, self.picture, self.reasons]
         inputs = [self.query, self.hits]
-        gr.on([self.gallery.select], self.explain, inputs, explained, **one_at_a_time, **hidden).then(js=SHOW_DETAIL)
+        explain = {**one_at_a_time, **hidden, "show_progress_on": self.picture}
+        self.gallery.select(self.explain, inputs, explained, **explain).then(js=SHOW_DETAIL)
         if self.has_places:
             boxed = self.map.input(self.take_box, None, self.bbox, **hidden)
             then_link(boxed.success(**again))
             self.bbox.change(js="text => window.searchMap?.showBox(text)", inputs=self.bbox)
-            self.map.select(self.explain_of_map, inputs, [self.gallery, *explained], **one_at_a_time, **hidden).then(
-                js=SHOW_DETAIL
-            )
-        opened = self.page.load(self.open_link, None, [c for c in self.asked if c is not self.upload], **hidden)
-        then_link(opened.success(**again))
+            self.map.select(self.explain_of_map, inputs, [self.gallery, *explained], **explain).then(js=SHOW_DETAIL)
+        fields = [part for part in self.asked if part is not self.upload]
+        then_link(self.page.load(self.open_link, None, [*fields, *shown], **one_at_a_time, **hidden))
 
     def _add_api(self):
         """Endpoints for programs; their inputs are those of the page, their outputs are data."""
@@ -302,7 +313,7 @@ class SearchPage:
             self.hits: hits,
             self.upload: None if found.image is None else draw_thumbnail(found.image, 2 * DETAIL),
             self.captions: gr.HTML(list_captions(captions), visible=bool(captions)),
-            self.summary: f"<b>{tell_number(len(hits), found.number)}</b> Time taken: {times}.",
+            self.summary: f"<b>{tell_number(found, len(hits))}</b> Time taken: {times}.",
             self.link: "" if found.image is not None else write_link(found.asked),
             self.answers: gr.Column(visible=bool(hits)),
             self.gallery: gr.Gallery([(image, label_hit(hit)) for hit, image in thumbnails], selected_index=None),
@@ -321,13 +332,13 @@ class SearchPage:
     def find(
         self, sentence="", without="", image=None, examples=None, top_k=12, rerank_top_k=32, width=0, height=0,
         name="", placed=False, where="", bbox="", acquired_from="", acquired_to="", image_weight=1,
-        unwanted_weight=0.25,
+        unwanted_weight=0.25, min_probability=0,
     ):  # fmt: skip
         """Images of the archive for a sentence, without what another one says, like an uploaded image, and like or
         unlike images that were found before: their ids with + or - before them. Best first."""
         settings = [
             top_k, rerank_top_k, width, height, name, placed, where, bbox, acquired_from, acquired_to, image_weight,
-            unwanted_weight,
+            unwanted_weight, min_probability,
         ]  # fmt: skip
         try:
             found = self._find(sentence, without, image, examples, settings)
@@ -339,7 +350,7 @@ class SearchPage:
         """What was asked, unchecked -> `Found`."""
         sentence, without = check_text(sentence, "sentence"), check_text(without, "sentence for what to leave out")
         examples = check_examples(examples)
-        top_k, rerank_top_k, weights, filters = check_settings(settings)
+        top_k, rerank_top_k, weights, least, filters = check_settings(settings)
         image = None
         if file is not None:
             path = file.get("path") if isinstance(file, dict) else None
@@ -350,9 +361,12 @@ class SearchPage:
             except ValueError as error:
                 raise UnreadableUpload(str(error)) from None
         query = self._query(sentence, without, image, examples, *weights)
+        if least and not (self.index.has_probability and query.is_sentence and rerank_top_k):
+            raise told("A least probability is known for one sentence alone, by a calibrated network that re-ranks.")
+        options = {"top_k": top_k, "rerank_top_k": rerank_top_k, "min_probability": least or None}
         where, number = self._count(filters)
         with archive_errors():
-            hits = self.index.search(query, top_k=top_k, rerank_top_k=rerank_top_k, where=where)
+            hits = self.index.search(query, where=where, **options)
         asked = dict(zip(SETTINGS, settings, strict=True))
         return Found(asked | {"sentence": sentence, "without": without, "examples": examples}, image, hits, number)
 
@@ -465,20 +479,16 @@ class SearchPage:
         """The box that was drawn on the map, as the text of the filter."""
         return check_text(part_of(event, "box"), "box")
 
-    def open_link(self, request: gr.Request) -> list:
-        """What the page's address asks."""
+    def open_link(self, request: gr.Request) -> dict:
+        """What the page's address asks, and what is found."""
         asked = read_link(request.query_params.multi_items())
         if asked is None:
-            return [gr.skip()] * (len(ASKED) + len(SETTINGS))
+            return gr.skip()
         settings = [asked[name] for name in SETTINGS]
-        check_settings(settings)
-        examples = self._offer_examples(check_examples(asked["examples"]))
-        return [
-            check_text(asked["sentence"], "sentence"),
-            check_text(asked["without"], "sentence"),
-            examples,
-            *settings,
-        ]
+        found = self.search(asked["sentence"], asked["without"], None, asked["examples"], *settings)
+        fields = dict(zip(self.settings, settings, strict=True))
+        fields |= {self.caption: asked["sentence"], self.without: asked["without"]}
+        return found | fields | {self.examples: self._offer_examples(asked["examples"])}
 
 
 class UnreadableUpload(Exception):
@@ -502,6 +512,8 @@ def archive_errors():
     except (OSError, RuntimeError, ValueError) as error:
         print(f"ieft-page: {error}", file=sys.stderr)
         message = "An image of the archive is gone or damaged, or the index is. The page's log tells which."
+        if "nothing is left to look for" in str(error):  # of a query that asks for what it leaves out
+            message = str(error)
         raise told(message) from None
 
 
@@ -534,7 +546,8 @@ def split_id(identifier):
 
 
 def label_hit(hit):
-    return f"{hit['rank']}.  {hit['score']:.2f}  {hit['stage']}"
+    likely = hit.get("probability")
+    return f"{hit['rank']}.  {hit['score']:.2f}  {hit['stage']}" + ("" if likely is None else f"  {likely:.0%}")
 
 
 def describe_words(words):
@@ -554,9 +567,14 @@ def list_captions(captions):
     return f"<p>Sentences of the archive that fit the image best:</p><ol>{items}</ol>" if captions else ""
 
 
-def tell_number(hits, number):
-    """How many images are shown, of how many that pass the filters."""
-    return f"{hits} of {number:,} images." if number else "No image passes these filters."
+def tell_number(found, shown):
+    """How many images are shown, of how many that pass the filters; or why none is."""
+    least, best = found.asked["min_probability"], found.hits.best_probability
+    if not found.number:
+        return "No image passes these filters."
+    if not shown and least and best is not None:
+        return f"Nothing in this archive fits: the best image has a probability of {best:.0%}, below {least:.0%}."
+    return f"{shown} of {found.number:,} images."
 
 
 def tell_unplaced(hits, placed):
@@ -573,6 +591,8 @@ def describe_hit(hit):
     if hit["tiling"]:
         facts["tile"] = f"{hit['tile_width']} x {hit['tile_height']}, from column {hit['col']}, row {hit['row']}"
     facts |= {"rank": hit["rank"], hit["stage"]: f"score {hit['score']:.3f}", "similarity": f"{hit['similarity']:.3f}"}
+    if hit.get("probability") is not None:
+        facts["probability"] = f"{hit['probability']:.1%}"
     if hit["geometry"]:
         facts["bounds"] = ", ".join(f"{side} {hit[side]:.6g}°" for side in SIDES)
     if hit["acquired"]:
@@ -583,7 +603,9 @@ def describe_hit(hit):
 
 def describe_for_programs(hit):
     """A hit, or a row of the index, as JSON: what visitors may see of it."""
-    found = {name: hit[name] for name in ("rank", "score", "similarity", "stage", "merged") if name in hit}
+    found = {
+        name: hit[name] for name in ("rank", "score", "similarity", "stage", "probability", "merged") if name in hit
+    }
     size = {name: hit[name] for name in ("width", "height", "col", "row", "tile_width", "tile_height")}
     placed = hit["geometry"] and {"bbox": [hit[side] for side in SIDES], "geometry": json.loads(hit["geometry"])}
     acquired = hit["acquired"] and hit["acquired"].isoformat()

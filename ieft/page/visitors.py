@@ -72,18 +72,17 @@ def check_number(value, name, least, most):
     return int(value)
 
 
-def check_weight(value):
-    """The weight of images, or of what is not wanted, that a visitor sent."""
-    least, most = WEIGHTS
+def check_real(value, name, least, most):
+    """A number that a visitor sent."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-        raise told(f"A weight from {least} to {most} expected; got {str(value)[:50]}.")
+        raise told(f"{name} from {least} to {most} expected; got {str(value)[:50]}.")
     return float(value)
 
 
 def check_settings(settings):
     """What a visitor set on the page, or sent in its place -> (top_k, rerank_top_k, the weights of images and of what
-    is not wanted, arguments of `write_filter`)."""
-    top_k, rerank_top_k, width, height, name, placed, where, bbox, first, last, *weights = settings
+    is not wanted, the least probability, arguments of `write_filter`)."""
+    top_k, rerank_top_k, width, height, name, placed, where, bbox, first, last, *numbers = settings
     width = check_number(width, "Width, at least", 0, LONGEST_SIDE)
     height = check_number(height, "Height, at least", 0, LONGEST_SIDE)
     if not isinstance(placed, bool | None):
@@ -91,7 +90,8 @@ def check_settings(settings):
     return (
         check_number(top_k, "Images to show", 1, MOST_SHOWN),
         check_number(rerank_top_k, "Images to re-rank", 0, MOST_RERANKED),
-        [check_weight(weight) for weight in weights],
+        [check_real(weight, "A weight", *WEIGHTS) for weight in numbers[:2]],
+        check_real(numbers[2], "A probability", 0, 1),
         [width, height, name, placed, where, bbox, first, last],
     )
 
@@ -101,6 +101,8 @@ def check_examples(examples):
     examples = examples or []
     if not isinstance(examples, list) or not all(isinstance(each, str) and each[:1] in "+-" for each in examples):
         raise told("Examples expected as a list of ids, each with + or - before it.")
+    if len({each[1:] for each in examples}) < len(examples):
+        raise told("Each example once expected.")
     if len(examples) > MOST_EXAMPLES:
         raise told(f"Up to {MOST_EXAMPLES} examples expected; got {len(examples):,}.")
     return [check_text(each, "id") for each in examples]
