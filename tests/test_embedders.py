@@ -335,6 +335,33 @@ def test_the_fingerprint_is_of_weights_preprocessing_and_tokenizer(tmp_path, nam
     assert raw.fingerprint == load_embedder(names["raw"], device="cpu").fingerprint
 
 
+def test_the_layout_of_earlier_years_is_the_same_embedder(tmp_path, names):
+    """Like `flax-community/clip-rsicd-v2`: a pickle, settings of a feature extractor, a vocabulary in two files."""
+    folder = Path(names["clip"])
+    words = json.loads((folder / "tokenizer.json").read_text())["model"]
+    merges = [each if isinstance(each, str) else " ".join(each) for each in words["merges"]]
+    text = "<|startoftext|>", "<|endoftext|>"
+    settings = {
+        "vocab.json": words["vocab"],
+        "preprocessor_config.json": {
+            "feature_extractor_type": "CLIPFeatureExtractor", "size": 32, "crop_size": 32, "resample": 3,
+            "do_resize": True, "do_center_crop": True, "do_normalize": True,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+        },
+        "tokenizer_config.json": {
+            "bos_token": text[0], "eos_token": text[1], "pad_token": text[1], "unk_token": text[1],
+            "do_lower_case": True, "tokenizer_class": "CLIPTokenizer",
+        },
+    }  # fmt: skip
+    for file, content in settings.items():
+        (tmp_path / file).write_text(json.dumps(content))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save(CLIPModel.from_pretrained(folder).state_dict(), tmp_path / "pytorch_model.bin")
+    found = [load_embedder(each, device="cpu").fingerprint for each in (tmp_path, folder)]
+    assert found[0] == found[1]
+
+
 def open_clip_weights(folder):
     from safetensors.torch import load_file
 
