@@ -96,9 +96,8 @@ def save_raw(folder, seed=0):
     import open_clip
 
     folder.mkdir(exist_ok=True)
-    for size in (8, 16):
-        vision = OPEN_CLIP["vision_cfg"] | {"patch_size": size}
-        (folder / f"Tiny-{size}.json").write_text(json.dumps(OPEN_CLIP | {"vision_cfg": vision}))
-        open_clip.add_model_config(folder / f"Tiny-{size}.json")
+    for name, changed in {"Tiny-8": {}, "Tiny-16": {"patch_size": 16}, "Tiny-8-48": {"image_size": 48}}.items():
+        (folder / f"{name}.json").write_text(json.dumps(OPEN_CLIP | {"vision_cfg": OPEN_CLIP["vision_cfg"] | changed}))
+        open_clip.add_model_config(folder / f"{name}.json")
     torch.save(make_open_clip(seed).state_dict(), folder / "RemoteCLIP-Tiny-8.pt")
     return f"Tiny-8:{folder / 'RemoteCLIP-Tiny-8.pt'}"

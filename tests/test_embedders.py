@@ -568,6 +568,7 @@ def test_what_is_no_embedder_is_said(tmp_path, names, checkpoint):
         (f"NoSuch-3:{raw}", "'NoSuch-3' is no architecture"),
         (f"Tiny-8:{tmp_path / 'none.pt'}", "A file of weights"),
         (f"Tiny-16:{raw}", "(?s)cannot be loaded: RuntimeError.*size mismatch"),
+        (f"Tiny-8-48:{raw}", "another architecture than Tiny-8-48: visual.positional_embedding is of shape .17, 32."),
         (cut, "lacks .* weights of a CLIPModel"),
         (damaged, "cannot be loaded"),
     ):

@@ -205,6 +205,18 @@ def test_bfloat16_embeddings_are_comparable_with_those_in_float32(tmp_path, load
     assert reduced.add(files)["unchanged"] == NUM_IMAGES
 
 
+def test_threads_that_embed_compute_in_the_chosen_type(tmp_path, loaded, archive):
+    """Where the network is not prepacked, as on a GPU, the type is a state of each thread."""
+    index = create(tmp_path / "index", loaded)
+    file = find_images(archive)[0]
+    exact = index.embed_images([read_image(file)])[0]
+    index.dtype = torch.bfloat16
+    index.add([file])
+    stored = index.rows(columns=["vector"])[0]["vector"]
+    np.testing.assert_allclose(stored, index.embed_images([read_image(file)])[0], atol=1e-5)
+    assert np.abs(stored - exact).max() > 1e-4
+
+
 def test_devices_and_types_that_are_not_there_are_refused(tmp_path, run, loaded, monkeypatch):
     with pytest.raises(ValueError, match="A device such as cuda.* got 'gpu'"):
         choose_device("gpu")

@@ -261,9 +261,22 @@ def _load_openclip(name):
     model, preprocess = open_clip.create_model_from_pretrained(
         architecture, file, precision="fp32", device="cpu", weights_only=True, pretrained_text=False
     )
+    if file:
+        _check_positions(architecture, file, open_clip.factory.load_state_dict(file), model)
     return _OpenClipEmbedder(
         name, model, preprocess=preprocess, tokenizer=open_clip.get_tokenizer(architecture), config=config
     )
+
+
+def _check_positions(architecture, file, weights, model):
+    """Refuse weights for images or sentences of another size, whose positions open_clip interpolates."""
+    for name in ("visual.positional_embedding", "positional_embedding"):
+        own = model.state_dict().get(name)
+        if name in weights and own is not None and weights[name].shape != own.shape:
+            raise ValueError(
+                f"{file} holds weights of another architecture than {architecture}: {name} is of shape "
+                f"{tuple(weights[name].shape)} instead of {tuple(own.shape)}."
+            )
 
 
 # At the top of the module, so that worker processes can be given them.

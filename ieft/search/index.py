@@ -196,6 +196,7 @@ class ImageIndex:
         if CHECKPOINT not in known:
             raise ValueError(f"The tables at {uri} were not made by ieft-search: name another folder.")
         self.made_by, self.states = (known.get(name, b"").decode() for name in (CHECKPOINT, STATES))
+        self._made_with = _read_embedder(database)
 
     def _choose_embedder(self, embedder, made_with, states, place):
         """Set `embedder`, and the fingerprint of what makes the vectors.
@@ -226,7 +227,6 @@ class ImageIndex:
             )
         if self.embedder is not None and states:
             raise ValueError("States are kept beside embeddings by IEFT itself: leave out --states or --embedder.")
-        self._made_with = made_with
         self.checkpoint = (
             self.embedder.fingerprint if self.embedder else fingerprint_checkpoint(self.model, self.processor)
         )
@@ -595,7 +595,7 @@ class ImageIndex:
 
     def embed_pixels(self, pixels):
         """(I, 3, image_size, image_size) -> unit vectors (I, E) by the model's own heads."""
-        with self.network() as network:
+        with inference_network(self.model, self.dtype) as network:
             return unit_vectors(network.get_image_features(pixels.to(self.model.device)))
 
     def embed_captions(self, captions):
@@ -623,9 +623,9 @@ class ImageIndex:
         return self.processor(text=[caption])
 
     def embed_tokens(self, tokens):
-        """Sentences as the processor encoded them -> unit vectors (C, E)."""
+        """Sentences as the processor encoded them -> unit vectors (C, E) by the model's own heads."""
         tokens = tokens.to(self.model.device)
-        with self.network() as network:
+        with inference_network(self.model, self.dtype) as network:
             return unit_vectors(network.get_text_features(tokens["input_ids"], tokens["attention_mask"]))
 
     def shortlist(self, vector, top_k=32, *, where=None, bbox=None, datetime=None):
