@@ -281,7 +281,7 @@ def test_a_tile_is_named_as_the_table_names_it(run, scene):  # noqa: F811
         run("query", "--like", scene)
     with pytest.raises(SystemExit, match="as 12 tiles: name one"):
         run("query", "--like", f"{scene} [1 0 32 32]")
-    with pytest.raises(SystemExit, match="not in the index, of which a tile was named"):
+    with pytest.raises(SystemExit, match="not in the index, of which a tile is named"):
         run("query", "--like", "other.tif [0 0 32 32]")
 
 
@@ -332,6 +332,8 @@ def test_a_file_of_queries_gives_a_file_of_hits(run, archive, tmp_path):  # noqa
     [
         ("a.txt", "\n \n", "holds no queries"),
         ("a.csv", "text\n", "holds no queries"),
+        ("a.json", '[{"text": "a river"}]', r"is \.txt, .*\.csv, \.tsv or \.jsonl; got"),
+        ("a.tsv", "text\tweights\na river\t-1\n", "line 2: weights must be positive"),
         ("a.csv", "a river\na beach\n", r"the columns id, text, .*got a river.*named \.txt"),
         ("a.csv", "text,weights\na river,1\na,x\n", "1 of 2 queries .*\n  line 3: weights must be numbers.*'x'"),
         ("a.csv", 'text,without\n"a\nriver",\na,b\n,\n"[""b"" x]",c\n', "line 6: a list that cannot be read"),
@@ -360,6 +362,7 @@ def test_what_the_command_cannot_do_is_said_and_no_file_is_lost(run, archive, tm
         (("--queries", queries, "--output", output), "hits.csv exists already: pass --overwrite"),
         (("--queries", queries, "--output", output, "--overwrite"), r"(?s)2 of 3 .*line 2: .*none.png.*line 3: "),
         (("--queries", queries), "needs --output FILE"),
+        (("--queries", queries, "--output", queries, "--overwrite"), "would replace the queries"),
         (("a", "--queries", queries, "--output", tmp_path / "new.csv"), "takes all queries from its file"),
         (("a", "--output", tmp_path / "hits.xls"), r"\.csv, \.jsonl, \.parquet.*got .*hits.xls"),
         (("a", "--image", archive / "it's 00.png"), "use --like instead of --image"),

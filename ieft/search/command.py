@@ -385,6 +385,8 @@ def check_query(args):
                 "--queries takes all queries from its file, and needs --output FILE; no sentence, --image, --with, "
                 "--like, --without, --unlike, --weights, --json, --sheet, --geojson, --stac or --explain beside it."
             )
+        if os.path.realpath(args.queries) == os.path.realpath(args.output):
+            raise ValueError(f"--output would replace the queries in {args.queries}: name another file.")
     elif is_asked == (args.image is not None):
         raise ValueError(
             "Either a sentence or --image expected, or parts of a query such as --like."

@@ -117,7 +117,7 @@ def _check_part(part):
     if isinstance(part, str) and not part.strip():
         raise ValueError("A caption to look for expected; got an empty one.")
     is_vector = isinstance(part, np.ndarray) and part.ndim == 1 and part.dtype.kind == "f"
-    is_hit = isinstance(part, Mapping) and set(KEY) <= part.keys()
+    is_hit = isinstance(part, Mapping) and set(KEY) <= part.keys() and isinstance(part["file"], str)
     if not (isinstance(part, str | Image) or is_vector or is_hit):
         raise ValueError(
             "A sentence (a caption), a PIL image, a hit (a dict with file, col and row) or a vector of numbers (E,) "
@@ -157,18 +157,18 @@ def _search_together(index, queries, top_k, offset, options, damaged):
     Returns:
         tuple: a list of `Hits`; the files that were skipped, with reasons.
     """
-    seconds, scores = {}, {}
+    seconds, scores, states = {}, {}, {}
     with clock(seconds, "embed"):
         queries = [query if isinstance(query, Query) else Query([query]) for query in queries]
         tokens, vectors = _embed_parts(index, queries)
-        searches = [_Search(index, *pair, *options) for pair in zip(queries, vectors, strict=True)]
+        searches = [_Search(index, *pair, *options, states) for pair in zip(queries, vectors, strict=True)]
     is_scored = False
     while not is_scored:
         with clock(seconds, "shortlist"):
             for search in searches:
                 search.start(damaged)
         with clock(seconds, "re-rank"):
-            is_scored = _score(index, searches, tokens, scores, damaged)
+            is_scored = _score(index, searches, tokens, states, scores, damaged)
     with clock(seconds, "re-rank"):
         for search in searches:
             search.re_rank(scores)
@@ -255,12 +255,13 @@ class _Search:
         hits: the first ones, best first; those of `rerank_top_k` are re-ranked.
         unusable: file -> why it is skipped; not what other queries found of it, so that the hits are those of a
             search for this query alone.
+        states: place -> stored features, of all queries that are searched together.
     """
 
-    def __init__(self, index, query, vectors, rerank_top_k, where, similarity_weight, min_probability):
+    def __init__(self, index, query, vectors, rerank_top_k, where, similarity_weight, min_probability, states):
         shares = np.array([share for _, share in query.parts])
         self.index, self.where, self.min_probability = index, where, min_probability
-        self.unusable = {}
+        self.unusable, self.states = {}, states
         if min_probability is not None and not query.is_sentence:
             raise ValueError("min_probability needs one sentence alone: scores of combinations and images have none.")
         self.sentences = [(part, share) for part, share in query.parts if isinstance(part, str)]
@@ -293,7 +294,7 @@ class _Search:
             self.hits = next(self.blocks)
             known = {hit["file"] for hit in self.hits[: self.rerank_top_k]} & damaged.keys()
             self.unusable |= {file: damaged[file] for file in known}
-        self.states = {place_of(hit): hit.pop("state") for hit in self.hits if "state" in hit}
+        self.states |= {place_of(hit): hit.pop("state") for hit in self.hits if "state" in hit}
         self.vectors = [hit.pop("vector") for hit in self.hits if "vector" in hit]
 
     def re_rank(self, scores):
@@ -322,27 +323,26 @@ class _Search:
         return Hits(number(found)[offset : offset + top_k], best_probability=best_probability)
 
 
-def _score(index, searches, tokens, scores, damaged):
+def _score(index, searches, tokens, states, scores, damaged):
     """Score the pairs of hits and sentences that are not in `scores`.
 
     Returns:
         bool: False if some images cannot be read, which are then added to `damaged`.
     """
-    missing = {}  # place -> (search, hit, sentences)
+    missing = {}  # place -> (hit, sentences)
     for search in searches:
         for hit in search.hits[: search.rerank_top_k]:
             place = place_of(hit)
             for sentence, _ in search.sentences:
                 if (place, sentence) not in scores:
-                    missing.setdefault(place, (search, hit, {}))[2][sentence] = True
+                    missing.setdefault(place, (hit, {}))[1][sentence] = True
     columns = {sentence: column for column, sentence in enumerate(tokens)}
     for places in cut(missing, IMAGES_AT_ONCE):
-        chosen = [missing[place] for place in places]
-        keys = [(place, sentence) for place in places for sentence in missing[place][2]]
-        pairs = [(row, columns[each]) for row, (_, _, sentences) in enumerate(chosen) for each in sentences]
-        hits = [hit for _, hit, _ in chosen]
-        states = [search.states[place] for place, (search, _, _) in zip(places, chosen, strict=True) if search.states]
-        images = _States(states) if states else HitImages(hits, index.processor)
+        hits = [missing[place][0] for place in places]
+        keys = [(place, sentence) for place in places for sentence in missing[place][1]]
+        rows = {place: row for row, place in enumerate(places)}
+        pairs = [(rows[place], columns[sentence]) for place, sentence in keys]
+        images = _States([states[place] for place in places]) if states else HitImages(hits, index.processor)
         captions = list(tokens.values())
         try:
             of_pairs = score_pairs(index.model, images, captions, pairs, dtype=index.dtype, progress=False)

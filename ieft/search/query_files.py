@@ -15,6 +15,7 @@ from ieft.data.images import read_image
 from ieft.data.storage import is_address
 from ieft.data.tables import number_csv, number_json_lines, parse_cell, read_text
 from ieft.search.archive_files import open_file
+from ieft.search.filters import is_not_text
 from ieft.search.queries import Query, cut, read_vectors
 from ieft.search.tables import KEY, quote
 
@@ -66,7 +67,7 @@ class Question(NamedTuple):
 
 
 def read_questions(path):
-    """The questions of a file: a text file with a sentence in each line, CSV, or JSON lines.
+    """The questions of a file: a text file (.txt) with a sentence in each line, CSV, or JSON lines.
 
     The columns of CSV and the names in JSON are `COLUMNS`; several sentences or images are a list. Paths of images are
     relative to the file. Without an id, the number of the line is taken.
@@ -76,18 +77,21 @@ def read_questions(path):
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix == ".csv":
+    is_table = suffix in (".csv", ".tsv")
+    if is_table:
         numbered = number_csv(path, COLUMNS, lambda names: _check_columns(path, names))
         _check_columns(path, numbered[0][1] if numbered else ())
     elif suffix in (".jsonl", ".ndjson"):
         numbered = number_json_lines(path)
+    elif suffix not in ("", ".txt"):
+        raise ValueError(f"A file of queries is .txt, with a sentence in each line, .csv, .tsv or .jsonl; got {path}.")
     else:
         lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
         numbered = [(number, {"text": line.strip()}) for number, line in enumerate(lines, start=1) if line.strip()]
     questions, faults, names = [], {}, {}
     for line, record in numbered:
         try:
-            record = {name.lower(): _from_cell(cell) for name, cell in record.items()} if suffix == ".csv" else record
+            record = {name.lower(): _from_cell(cell) for name, cell in record.items()} if is_table else record
             question = _make_question(line, record, path.parent)
             if names.setdefault(question.name, line) != line:
                 raise ValueError(f"the id {question.name!r} stands in line {names[question.name]} too.")
@@ -177,7 +181,7 @@ def find_example(index, name, *, bands=None):
     Args:
         name: a path or an address; for a tile in the index with its window, as the table of hits names it:
             "city.tif [576 0 96 96]".
-        bands: of a file that is read; with them, nothing is looked up in the index.
+        bands: of a file that is read; with them, only tiles are looked up in the index.
 
     Raises:
         ValueError, OSError: for a tile that is not in the index, a scene of which only tiles are, and a file that
@@ -185,7 +189,7 @@ def find_example(index, name, *, bands=None):
     """
     found = TILE.fullmatch(name) if is_address(name) or not os.path.lexists(name) else None
     file, window = (found["file"], found["window"]) if found else (name, None)
-    if bands is None:
+    if (bands is None or window is not None) and not is_not_text(file):
         columns = [*KEY, "tile_width", "tile_height"]
         rows = index.select(f"file = {quote(index.name_of(file))}", columns)
         windows = {" ".join(str(row[column]) for column in ("col", "row", *columns[3:])): row for row in rows}
@@ -198,7 +202,7 @@ def find_example(index, name, *, bands=None):
                 f"'{file} [{min(windows, key=lambda name: [int(number) for number in name.split()])}]'."
             )
     if window is not None:
-        raise ValueError(f"{file} is not in the index, of which a tile was named, and not read: {name}.")
+        raise ValueError(f"{file} is not in the index, of which a tile is named: {name}.")
     return read_image(open_file(file), bands=bands)
 
 
