@@ -455,7 +455,6 @@ def test_training_and_evaluation_take_an_embedder(tmp_path, names, capsys):
         (["--embedder", "a"], "no effect without --rerank_top_k"),
         (["--embedder", "a", "--batches", "embedder", "--do_predict"], "no effect without --rerank_top_k"),
         (["--batches", "embedder"], "needs --embedder"),
-        (["--embedder", "no/such folder", "--rerank_top_k", "4"], "There is no embedder no/such folder"),
         (["--embedder", "CLIP", "--batches", "embedder", "--contrastive_weight", "0"], "need the contrastive loss"),
     ],
 )
@@ -568,6 +567,7 @@ def test_what_is_no_embedder_is_said(tmp_path, names, checkpoint):
         (f"NoSuch-3:{raw}", "'NoSuch-3' is no architecture"),
         (f"Tiny-8:{tmp_path / 'none.pt'}", "A file of weights"),
         (f"Tiny-16:{raw}", "(?s)cannot be loaded: RuntimeError.*size mismatch"),
+        (f"ViT-B-16-SigLIP:{raw}", "another mean, std, resize_mode than CLIP.*pass local-dir:FOLDER"),
         (f"Tiny-8-48:{raw}", "another architecture than Tiny-8-48: visual.positional_embedding is of shape .17, 32."),
         (cut, "lacks .* weights of a CLIPModel"),
         (damaged, "cannot be loaded"),

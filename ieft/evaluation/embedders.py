@@ -253,6 +253,7 @@ def _load_openclip(name):
             raise FileNotFoundError(
                 f"A file of weights ({', '.join(WEIGHT_FILES)}) expected after {architecture}:, and {file} is none."
             )
+        _check_preprocessing(architecture, file)
     config = open_clip.get_model_config(architecture)
     if any(key in json.dumps(config) for key in RUNS_CODE):
         raise ValueError(
@@ -266,6 +267,22 @@ def _load_openclip(name):
     return _OpenClipEmbedder(
         name, model, preprocess=preprocess, tokenizer=open_clip.get_tokenizer(architecture), config=config
     )
+
+
+def _check_preprocessing(architecture, file):
+    """Refuse a file of an architecture whose published weights all take other images than open_clip gives to files."""
+    import open_clip
+
+    own = vars(open_clip.transform.PreprocessCfg())  # as for the first CLIP
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    published = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
+    differing = [[name for name in own if settings.get(name, own[name]) != own[name]] for settings in published]
+    if published and all(differing):
+        raise ValueError(
+            f"{file} does not tell how its images are preprocessed, and the published weights of {architecture} have "
+            f"another {', '.join(differing[0])} than CLIP: put it into a folder with an open_clip_config.json, and "
+            "pass local-dir:FOLDER."
+        )
 
 
 def _check_positions(architecture, file, weights, model):
