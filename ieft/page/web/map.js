@@ -79,7 +79,7 @@ class SearchMap {
       pointToLayer: (_, place) => L.circleMarker(place, { radius: 5, className: "outline" }),
     });
     const icon = L.divIcon({ className: "rank", html: String(properties.index + 1), iconSize: [24, 24] });
-    const marker = L.marker(outline.getBounds().getCenter(), { icon, zIndexOffset: -10 * properties.index, riseOnHover: true });
+    const marker = L.marker(outline.getBounds().getNorthWest(), { icon, zIndexOffset: -10 * properties.index, riseOnHover: true });
     for (const layer of [outline, marker]) {
       layer.bindTooltip(text.cloneNode(true), { direction: "top" }).on("click", chosen).addTo(this.outlines);
     }
