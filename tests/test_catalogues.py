@@ -1,11 +1,14 @@
 """STAC catalogues as archives: static over HTTP, item collections, an API; filters by place and time; hits as STAC."""
 
+import io
 import json
 import re
 from datetime import datetime, timezone
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
+from PIL import Image
 
 pystac = pytest.importorskip("pystac", reason="the extra `stac` is not installed")
 pytest.importorskip("rasterio", reason="GeoTIFFs are read by rasterio, extra `geo`, which is not installed")
@@ -15,6 +18,7 @@ from file_server import running_files  # noqa: E402
 from test_index import CAPTIONS, checkpoint, loaded  # noqa: E402, F401
 from test_storage import nothing_kept, small_tiff  # noqa: E402, F401
 
+from ieft.data import storage  # noqa: E402
 from ieft.search.catalogues import add_catalogue, column_of, is_catalogue, read_catalogue  # noqa: E402
 from ieft.search.command import main  # noqa: E402
 from ieft.search.filters import parse_interval, write_where  # noqa: E402
@@ -85,6 +89,75 @@ def test_a_static_catalogue_over_http_is_an_archive(files, index):
         assert add_catalogue(index, place) == {"added": 0, "unchanged": NUMBER, "unreadable": {}}
         rows = index.rows("eo_cloud_cover = 99")
         assert [(row["item"], row["platform"]) for row in rows] == [("scene-2", "one")]
+
+
+def put_item(server, item):
+    content = json.dumps(item.to_dict(include_self_link=False, transform_hrefs=False))
+    server.files[f"/items/{item.id[-1]}.json"] = content.encode()
+
+
+def test_what_has_changed_in_a_catalogue_replaces_what_it_told_before(files, index):
+    """A property that is gone, one of a column that an earlier run asked for, a place that the image does not tell."""
+    with running_files(dict(files)) as server:
+        place = f"{server.address}/items/2.json"
+        item = make_item(2)
+        item.assets["visual"].href = "./2.jpg"
+        server.files["/items/2.jpg"] = photograph(0)
+        put_item(server, item)
+        add_catalogue(index, place, properties=["platform"])
+        assert [(row["eo_cloud_cover"], row["west"]) for row in index.rows()] == [(20, 10)]
+        item.properties |= {"platform": "two"}
+        del item.properties["eo:cloud_cover"]
+        item.bbox[0] = 10.01
+        put_item(server, item)
+        assert add_catalogue(index, place) == {"added": 0, "unchanged": 1, "unreadable": {}}
+        (row,) = index.rows()
+        assert (row["eo_cloud_cover"], row["platform"], row["west"]) == (None, "two", 10.01)
+
+        del item.properties["platform"]
+        put_item(server, item)
+        add_catalogue(index, place)
+        assert [row["platform"] for row in index.rows()] == [None]
+        with pytest.raises(ValueError, match="The index has string in the column platform; this is double"):
+            item.properties["platform"] = 3
+            item.assets["visual"].href = "./3.tif"
+            put_item(server, item)
+            add_catalogue(index, place)
+        assert len(index) == 1  # nothing is embedded that has no columns
+
+
+def photograph(seed):
+    """A JPEG, which tells no place and no time."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def test_an_image_that_is_embedded_again_keeps_what_the_catalogue_told(files, index):
+    """Whole, in tiles, and without a place of its own; the second time the catalogue is not asked."""
+    with running_files(dict(files)) as server:
+        item = make_item(3)
+        item.assets["visual"].href = "./3.jpg"
+        server.files["/items/3.jpg"] = photograph(0)
+        put_item(server, item)
+        add_catalogue(index, f"{server.address}/catalog.json", properties=["platform"])
+        told = ("item", "collection", "eo_cloud_cover", "platform", "acquired")
+        places = ("west", "east", "geometry")
+
+        def rows(names):
+            return {row["file"][-5:]: [row[name] for name in names] for row in index.rows()}
+
+        before, placed = rows(told), rows(places)["3.jpg"]
+        assert None not in placed and not any(None in values for values in before.values())
+        tiffs = {f"/items/{number}.tif": small_tiff(number + 4) for number in range(3)}
+        server.files |= tiffs | {"/items/3.jpg": photograph(1)}
+        storage._told.clear()
+        add = [f"{server.address}{path}" for path in (*tiffs, "/items/3.jpg")]
+        assert index.add(add)["added"] == 4
+        assert rows(told) == before and rows(places)["3.jpg"] == placed
+        assert rows(["west"])["2.tif"] == [14]  # of the new file, which tells its own
+        assert index.add(add[:1], tile=24)["added"] > 1
+        assert {tuple(row[name] for name in told) for row in index.rows("tiling != ''")} == {tuple(before["0.tif"])}
 
 
 def test_items_are_chosen_by_place_time_and_collection(files):
@@ -242,7 +315,6 @@ def test_boxes_meet_images_across_the_antimeridian(index, tmp_path):
     """Compared with a plain loop over many boxes."""
     import itertools
 
-    import numpy as np
     import pyarrow as pa
 
     sides = [(170, 175), (175, -175), (-180, -170), (-10, 10), (179, 180), (-179, 179)]

@@ -19,7 +19,8 @@ from ieft.data.storage import EXTRAS, is_address, read_file, suffix_of, tells_js
 from ieft.search.archive_files import IMAGE_SUFFIXES
 from ieft.search.filters import is_not_text, parse_interval, write_where
 from ieft.search.geography import SIDES
-from ieft.search.tables import KEY, METADATA, any_of, retry
+from ieft.search.ingestion import takes_place
+from ieft.search.tables import KEY, METADATA, any_of, columns_of_catalogues, retry
 
 SUFFIXES = (".json", ".geojson")
 CLOUD_COVER = "eo:cloud_cover"
@@ -55,15 +56,20 @@ def add_catalogue(
         dict: as `ImageIndex.add`; items without the image are among `unreadable`.
     """
     images, unreadable = read_catalogue(
-        place, asset=asset, properties=properties, collections=collections, bbox=bbox, datetime=datetime
-    )
+        place, asset=asset, properties=properties, collections=collections, bbox=bbox, datetime=datetime,
+        columns=columns_of_catalogues(index.table),
+    )  # fmt: skip
+    _add_columns(index, images.values())
     report = index.add(list(images), **options)
     set_columns(index, {file: columns for file, columns in images.items() if file not in report["unreadable"]})
     return report | {"unreadable": unreadable | report["unreadable"]}
 
 
-def read_catalogue(place, *, asset=None, properties=(), collections=None, bbox=None, datetime=None):
+def read_catalogue(place, *, asset=None, properties=(), collections=None, bbox=None, datetime=None, columns=()):
     """The images of a catalogue; arguments as `add_catalogue`.
+
+    Args:
+        columns: further columns to fill from properties, such as those of earlier runs.
 
     Returns:
         tuple: a dict of path or address -> columns; a dict of item -> reason why it has no image.
@@ -85,7 +91,7 @@ def read_catalogue(place, *, asset=None, properties=(), collections=None, bbox=N
         except ValueError as error:
             unreadable[item.get_self_href() or item.id] = str(error)
             continue
-        images[file] = _columns_of(item, properties)
+        images[file] = _columns_of(item, properties, columns)
     if not images:
         why = f", such as: {next(iter(unreadable.values()))}" if unreadable else ""
         raise FileNotFoundError(
@@ -221,12 +227,12 @@ def _resolve(href, base):
     return start + host + posixpath.normpath(posixpath.join("/", posixpath.dirname(path), href)).replace("//", "/")
 
 
-def _columns_of(item, properties):
-    """An item as columns of the index."""
-    columns = {"item": item.id, "collection": item.collection_id}
-    for name in dict.fromkeys((CLOUD_COVER, *properties)):
-        if name in item.properties or name != CLOUD_COVER:
-            columns[column_of(name)] = _plain(item.properties.get(name))
+def _columns_of(item, properties, others):
+    """An item as columns of the index; what it does not tell is None, in the place of what it told before."""
+    columns = dict.fromkeys(others) | {"item": item.id, "collection": item.collection_id}
+    found = {_name_column(name): value for name, value in item.properties.items()}
+    columns |= {name: _plain(found[name]) for name in others if name in found and name not in ("item", "collection")}
+    columns |= {column_of(name): _plain(item.properties.get(name)) for name in (CLOUD_COVER, *properties)}
     when = item.datetime or item.common_metadata.start_datetime
     columns |= {"acquired": when} if when else {}
     if item.bbox and item.geometry:
@@ -241,11 +247,15 @@ def column_of(name):
     Raises:
         ValueError: if it would be one that every index has.
     """
-    column = re.sub(r"\W", "_", name, flags=re.ASCII)
-    column = column if re.match(r"[A-Za-z_]", column) else f"_{column}"
+    column = _name_column(name)
     if column.lower() in {*METADATA, "vector", "state", "item", "collection"}:
         raise ValueError(f"The property {name!r} cannot become a column: every index has one of this name.")
     return column
+
+
+def _name_column(name):
+    column = re.sub(r"\W", "_", name, flags=re.ASCII)
+    return column if re.match(r"[A-Za-z_]", column) else f"_{column}"
 
 
 def _plain(value):
@@ -255,31 +265,35 @@ def _plain(value):
     return float(value) if isinstance(value, int | float) else json.dumps(value)
 
 
-def set_columns(index, values):
-    """Set columns of images of an index, as those of a catalogue; columns that do not exist are added.
+def _add_columns(index, items):
+    """Add the columns that items fill and the index does not have.
 
     Args:
-        values: path or address -> dict of columns. Bounds are set where an image kept whole tells none itself.
+        items: a dict of columns for each.
 
     Raises:
-        ValueError: if a column has another type in the index.
+        ValueError: if the values of a column are of several types, or of another one than in the index.
     """
     kinds = {}
-    for columns in values.values():
-        for name, value in columns.items():
-            if (
-                value is not None
-                and name not in METADATA
-                and kinds.setdefault(name, _kind_of(value)) != _kind_of(value)
-            ):
-                raise ValueError(f"One type of values expected in {name}; got {kinds[name]} and {_kind_of(value)}.")
+    told = ((name, _kind_of(value)) for columns in items for name, value in columns.items() if value is not None)
+    for name, kind in told:
+        if name not in METADATA and kinds.setdefault(name, kind) != kind:
+            raise ValueError(f"One type of values expected in {name}; got {kinds[name]} and {kind}.")
     retry(index.add_columns, [pa.field(name, kind) for name, kind in kinds.items()])
-    schema = index.table.schema
     for name, kind in kinds.items():
-        if schema.field(name).type != kind:
-            raise ValueError(f"The index has {schema.field(name).type} in the column {name}; this is {kind}.")
+        if (there := index.table.schema.field(name).type) != kind:
+            raise ValueError(f"The index has {there} in the column {name}; this is {kind}.")
+
+
+def set_columns(index, values):
+    """Set columns of images of an index to those of a catalogue.
+
+    Args:
+        values: path or address -> dict of columns, which the index has. Bounds are set where an image kept whole has
+            no georeference.
+    """
     asked = {name for columns in values.values() for name in columns} | {*SIDES, "geometry"}
-    names = [name for name in schema.names if name in asked]
+    names = [name for name in index.table.schema.names if name in asked]
     by_name = {index.name_of(file): columns for file, columns in values.items()}
     listed = [name for name in by_name if not is_not_text(name)]
     for first in range(0, len(listed), FILES_AT_ONCE):
@@ -292,9 +306,8 @@ def set_columns(index, values):
 def _update(row, columns):
     """Change a row by the columns of its file; returns whether anything is different."""
     before = dict(row)
-    is_placed = row["tiling"] or row["left"] is not None or row["west"] is not None
-    places = (*SIDES, "geometry")
-    row.update({name: columns[name] for name in columns.keys() & row.keys() if not (is_placed and name in places)})
+    left_out = () if takes_place(row) else (*SIDES, "geometry")
+    row.update({name: columns[name] for name in columns.keys() & row.keys() - {*left_out}})
     return row != before
 
 

@@ -166,7 +166,7 @@ def _read(files, *, uri, storage_options, version, prepared, options, starts):
     with ReadAhead(num_workers, threads=threads) as reader:
         reader.wait_for_processes()
         for job, rows, found in read_in_order(reader, jobs):
-            for some, error in read_parts(job, found, reader.map):
+            for some, error in read_parts(job, rows, found, reader.map):
                 yield pa.Table.from_pylist([row | {SQUARE: square.tobytes()} for row, square in some], schema=schema)
                 if error:
                     break

@@ -66,6 +66,7 @@ from ieft.search.tables import (
     PRIMARY_KEY,
     SETTINGS,
     any_of,
+    columns_of_catalogues,
     quote,
     remove_doubles,
     retry,
@@ -541,8 +542,7 @@ class ImageIndex:
     @property
     def columns(self):
         """Names of the columns of metadata: those of every index, then those of catalogues."""
-        names = self.table.schema.names
-        return [*METADATA, *(name for name in names if name not in METADATA and name not in ("vector", "state"))]
+        return [*METADATA, *columns_of_catalogues(self.table)]
 
     def rows(self, where=None, *, bbox=None, datetime=None, columns=None):
         """Metadata of the images that match the filters of `search`; of all without one.

@@ -17,7 +17,7 @@ from ieft.evaluation.embedders import unit_vectors
 from ieft.search.archive_files import read_place_and_time
 from ieft.search.feature_cache import encode_state
 from ieft.search.filters import fetch, is_not_text
-from ieft.search.geography import PLACE_COLUMNS
+from ieft.search.geography import PLACE_COLUMNS, SIDES
 from ieft.search.read_ahead import (
     DIED,
     FILES_PER_TASK,
@@ -32,7 +32,7 @@ from ieft.search.read_ahead import (
     read_some_tiles,
     take_tiles,
 )
-from ieft.search.tables import KEY, any_of, retry
+from ieft.search.tables import KEY, any_of, columns_of_catalogues, retry
 from ieft.search.tiles import Window, cut_windows
 from processing_ieft import check_text
 
@@ -90,8 +90,10 @@ def names_in_index(index, files):
 def look_up(table, names):
     """The rows that the index holds of each file."""
     columns = ["content", "tiling", "bands", *KEY, "tile_width", "tile_height", "west", "left", "acquired"]
+    if of_catalogues := columns_of_catalogues(table):
+        columns = dict.fromkeys([*columns, *of_catalogues, *SIDES, "geometry"])
     known = {name: [] for name in names}
-    for row in fetch(table.search().select(columns), any_of(names)):
+    for row in fetch(table.search().select(list(columns)), any_of(names)):
         known[row["file"]].append(row)
     return known
 
@@ -147,7 +149,7 @@ def _add_file(job, rows, found, reader, writer, bar, report):
     """Hand on what was read of a file, and what is read of it now, to be embedded and written."""
     report["unchanged"] += len(found.unchanged)
     error, count = None, len(found.later) or len(found.rows)
-    for some, error in read_parts(job, found, reader.map):
+    for some, error in read_parts(job, rows, found, reader.map):
         for row, square in some:
             writer.add(row, square)
         bar.add_tiles(len(some), count)
@@ -175,18 +177,40 @@ def what_remains(job, rows, found, error):
     return unplaced, _others(job.name, *made_of) if not error and len(rows) > len(found.unchanged) else None
 
 
-def read_parts(job, found, run):
+def read_parts(job, known, found, run):
     """Rows of a file, some at a time, and with each the error that ended them, or None.
 
     Args:
+        known: the rows that the index holds of the file, as from `look_up`.
         run: such as `itertools.starmap`.
 
     Yields:
         tuple: pairs of a row without its vector and an array (side, side, 3); the error.
     """
     constant = {"file": job.name, "content": found.content, "tiling": found.tiling, "bands": job.bands or None}
+    item = next((row for row in known if row.get("item") is not None), None)
     for some, error in _parts(job, found, run):
-        yield [(row | constant, square) for row, square in some], error
+        yield [(_keep_item(row | constant, item), square) for row, square in some], error
+
+
+def _keep_item(row, item):
+    """A new row of a file with what the catalogue told of the file: it describes the scene, whatever its pixels.
+
+    Args:
+        item: a row that the index holds of the file and that a catalogue has filled; None if there is none.
+    """
+    if item is None:
+        return row
+    of_row = {"content", "tiling", "bands", *KEY, "tile_width", "tile_height", "left", *SIDES, "geometry"}
+    kept = {name: value for name, value in item.items() if name not in of_row and value is not None}
+    if takes_place(row) and takes_place(item) and row.get("west") is None:
+        kept |= {name: item[name] for name in (*SIDES, "geometry")}
+    return row | kept
+
+
+def takes_place(row):
+    """Whether the place of a row may be that of a catalogue's item: the file is kept whole and has no georeference."""
+    return not row["tiling"] and row.get("left") is None
 
 
 def _parts(job, found, run):

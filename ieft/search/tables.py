@@ -29,6 +29,11 @@ KEY = ["file", "col", "row"]
 PRIMARY_KEY, POSITION = b"lance-schema:unenforced-primary-key", b"lance-schema:unenforced-primary-key:position"
 
 
+def columns_of_catalogues(table):
+    """Names of the columns that STAC catalogues have filled, of a table of images."""
+    return [name for name in table.schema.names if name not in METADATA and name not in ("vector", "state")]
+
+
 def with_key(schema, key):
     """A schema with its primary key, a list of columns, marked."""
     for place, name in enumerate(key, start=1):
