@@ -280,7 +280,7 @@ class DataArguments:
         default=0.0,
         metadata={
             "help": "How often a training caption is replaced by a phrase of it, such as 'white storage tanks', so "
-            "that short queries are learnt too: 0.3, for example. 0, as published: never."
+            "that short queries are learnt too: 0.5, for example. 0, as published: never."
         },
     )
     protocol: str = field(
