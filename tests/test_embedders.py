@@ -22,7 +22,6 @@ pytest.importorskip("lancedb", reason="the vector store, extra `search`, is not 
 open_clip = pytest.importorskip("open_clip", reason="open_clip, extra `openclip`, is not installed")
 pytest.importorskip("sentencepiece", reason="SigLIP's tokenizer, extra `siglip`, is not installed")
 
-import app  # noqa: E402
 import run_retrieval  # noqa: E402
 from ieft.data.images import read_image  # noqa: E402
 from ieft.data.scenes import draw_scene  # noqa: E402
@@ -398,7 +397,10 @@ def test_the_command_and_the_page_take_an_embedder(tmp_path, checkpoint, archive
         extra.unlink()
     assert code == 1 and printed.out.startswith("1 added") and "cut it into tiles" in printed.err
 
-    args = app.build_parser().parse_args(
+    pytest.importorskip("gradio", reason="the page, extra `app`, is not installed")
+    from ieft.page import command as page
+
+    args = page.build_parser().parse_args(
         [
             "--model",
             str(checkpoint),
@@ -410,7 +412,7 @@ def test_the_command_and_the_page_take_an_embedder(tmp_path, checkpoint, archive
             "clip",
         ]
     )
-    page_index = app.open_index(args)
+    page_index = page.open_index(args)
     assert page_index.embedder.name == names["clip"] and len(page_index) == NUM_IMAGES
 
 
