@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -40,6 +41,16 @@ def nodes(monkeypatch):
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+
+
+def test_an_address_without_a_cluster_is_named_at_once(monkeypatch):
+    with socket.socket() as taken:  # by nobody who answers
+        taken.bind(("127.0.0.1", 0))
+        address = "127.0.0.1:{1}".format(*taken.getsockname())
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        for given in (address, "auto"):
+            with pytest.raises(ConnectionError, match=f"A Ray cluster expected at {given}: .*refused"):
+                clusters.connect(given)
 
 
 def rows_by_key(index):

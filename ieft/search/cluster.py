@@ -10,6 +10,8 @@ import copy
 import json
 import logging
 import os
+import re
+import socket
 import time
 from collections import Counter
 
@@ -47,6 +49,7 @@ from ieft.search.tables import IMAGES, retry
 FILES_PER_TASK = 64
 ROWS_PER_FRAGMENT, ROWS_WITH_STATES = 2**14, 2**9  # about 16 MB, and 60
 SECONDS_PER_COMMIT = 60  # what a kill of this process costs at most, besides what is under way
+SECONDS_TO_CONNECT = 10
 STATEMENTS_AT_ONCE = 100  # conditions of one deletion
 SQUARE, REPORT = "square", "report"  # columns beside those of the table: prepared pixels; JSON about a file
 COMPUTED = ("vector", "state")  # columns by the network
@@ -78,13 +81,20 @@ def connect(address="auto"):
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
+        _check_address(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address)
         ray.init(address=address, logging_level="ERROR", namespace="ieft")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise ConnectionError(
             f"A Ray cluster expected at {address}: start one with `ray start --head`, and on each other machine with "
             f"`ray start --address=HOST:6379`. {reason}"
         ) from error
+
+
+def _check_address(address):
+    """Check that something listens at HOST:PORT: Ray itself tries for minutes before it says that nothing does."""
+    if match := re.fullmatch(r"\[?([^/]+?)\]?:(\d+)", address):
+        socket.create_connection((match[1], int(match[2])), SECONDS_TO_CONNECT).close()
 
 
 def _run(index, names, options, batch_size):
