@@ -222,12 +222,17 @@ def test_devices_and_types_that_are_not_there_are_refused(tmp_path, run, loaded,
         choose_device("gpu")
     with pytest.raises(ValueError, match="got 'cuda:77'"):
         choose_device("cuda:77")
+    with pytest.raises(ValueError, match="got 'meta'"):
+        choose_device("meta")
     with pytest.raises(ValueError, match="one of auto, float32, bfloat16, float16; got 'int8'"):
         choose_dtype(loaded[0], "int8")
     with pytest.raises(ValueError, match="slower than float32 on a CPU"):
         choose_dtype(loaded[0], "float16")
     with pytest.raises(SystemExit, match="ieft-search: A device such as"):
         run("info", "--device", "cuda:77")
+    for name in ("--embedder", "--cluster"):
+        with pytest.raises(SystemExit, match="2"):
+            run("index", str(tmp_path), name, "")
     assert choose_device("cpu").type == "cpu" and choose_dtype(loaded[0], "float32") is None
     monkeypatch.setattr("ieft.evaluation.devices.multiplies_bfloat16", lambda: True)
     assert choose_dtype(loaded[0]) == torch.bfloat16

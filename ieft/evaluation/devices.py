@@ -19,7 +19,7 @@ def choose_device(name="auto"):
         return torch.device(next((kind for kind, is_there in found if is_there), "cpu"))
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # which also fails on "meta", where nothing is computed
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(

@@ -124,6 +124,7 @@ def build_parser():
         "--cluster",
         nargs="?",
         const="auto",
+        type=_some_text,
         metavar="ADDRESS",
         help="work on the machines of a Ray cluster, by default the one that `ray start` started; they must see index "
         "and archive under the same paths or addresses",
@@ -204,6 +205,7 @@ def _add_command(commands, name, function, text):
     command.add_argument("--index", required=True, help="a folder, or object storage such as s3://bucket/prefix")
     command.add_argument(
         "--embedder",
+        type=_some_text,
         help="what embeds images and sentences for the shortlist instead of the checkpoint's heads: a CLIP or SigLIP "
         "of transformers (folder or user/name), or of open_clip hf-hub:user/name or ARCHITECTURE:FILE such as "
         "ViT-B-32:RemoteCLIP-ViT-B-32.pt; by default what the index was made with",
@@ -216,6 +218,13 @@ def _add_command(commands, name, function, text):
         help="of the matrix products; by default one of 16 bits where it is faster",
     )
     return command
+
+
+def _some_text(text):
+    """An option's value, which is not empty: that of a shell's variable that is not set asks for nothing."""
+    if not text:
+        raise argparse.ArgumentTypeError("a value expected; it is empty")
+    return text
 
 
 def _add_place_and_time(command, which):
