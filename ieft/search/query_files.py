@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -40,9 +41,9 @@ class Question(NamedTuple):
 
     name: str
     text: list
-    like: list = ()
-    without: list = ()
-    unlike: list = ()
+    like: Sequence = ()
+    without: Sequence = ()
+    unlike: Sequence = ()
     weights: list | None = None
     line: int = 1
 
