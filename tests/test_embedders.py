@@ -565,6 +565,7 @@ def test_what_is_no_embedder_is_said(tmp_path, names, checkpoint):
         (names["local-dir"].partition(":")[2], "pass local-dir:"),
         (tmp_path / "empty", "has no config.json"),
         (tmp_path / "none", "There is no embedder"),
+        (f"local-dir:{names['clip']}", "has no open_clip_config.json. Expected"),
         (checkpoint, "of the kind 'ieft'"),
         (f"NoSuch-3:{raw}", "'NoSuch-3' is no architecture"),
         (f"Tiny-8:{tmp_path / 'none.pt'}", "A file of weights"),

@@ -43,6 +43,7 @@ PREPROCESSED_BY = (
     "image_mean", "image_std", "do_convert_rgb",
 )  # fmt: skip
 SCHEMES = ("hf-hub:", "local-dir:")  # of open_clip
+CONFIG = "open_clip_config.json"  # in the folders of these
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 NAMES = (
     "a CLIP or SigLIP checkpoint of transformers (a folder or user/name), or of open_clip hf-hub:user/name, "
@@ -221,7 +222,7 @@ def _load_transformers(name):
     if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise FileNotFoundError(f"There is no embedder {name}. Expected: {NAMES}.")
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        is_of_openclip = os.path.isfile(os.path.join(name, "open_clip_config.json"))
+        is_of_openclip = os.path.isfile(os.path.join(name, CONFIG))
         hint = f"; it is one of open_clip: pass local-dir:{name}" if is_of_openclip else ""
         raise FileNotFoundError(f"The embedder {name} has no config.json{hint}.")
     kind = PretrainedConfig.get_config_dict(name)[0].get("model_type")
@@ -254,6 +255,8 @@ def _load_openclip(name):
                 f"A file of weights ({', '.join(WEIGHT_FILES)}) expected after {architecture}:, and {file} is none."
             )
         _check_preprocessing(architecture, file)
+    elif name.startswith("local-dir:") and not os.path.isfile(os.path.join(name[len("local-dir:") :], CONFIG)):
+        raise FileNotFoundError(f"The embedder {name} has no {CONFIG}. Expected: {NAMES}.")
     config = open_clip.get_model_config(architecture)
     if any(key in json.dumps(config) for key in RUNS_CODE):
         raise ValueError(
