@@ -526,7 +526,8 @@ def test_what_the_api_is_asked_is_checked_and_counted(client, served):
         (["+" + known] * 2, "Each example once"), (many, "Up to 8"), ("+a", "as a list"),
     ):  # fmt: skip
         assert said in call(client, "search", *(asked()[:3] + [examples] + DEFAULTS)), examples
-    assert "The id of an image" in call(client, "explain", "' OR 1=1 --", CAPTIONS[0])
+    for crafted in ("' OR 1=1 --", "a\\'b.0.0", "a'b.0.0", "\0.0.0", 5, None, ["a.0.0"]):
+        assert "The id of an image" in call(client, "explain", crafted, CAPTIONS[0]), crafted
     with httpx.Client(base_url=served.url, headers=another_visitor()) as other:
         for _ in range(REQUESTS_PER_MINUTE):
             other.post("/gradio_api/call/v2/search", json={})

@@ -66,7 +66,9 @@ def map_of(hits, names):
 
 
 def _is_on_map(hit):
-    return all(math.isfinite(hit[side]) for side in SIDES) and hit["south"] < MAP_EDGE and hit["north"] > -MAP_EDGE
+    sides = [hit[side] for side in SIDES]
+    known = None not in sides and all(map(math.isfinite, sides))
+    return known and hit["south"] < MAP_EDGE and hit["north"] > -MAP_EDGE
 
 
 def turn_towards(geometry, longitude):

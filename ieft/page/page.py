@@ -540,7 +540,8 @@ def id_of(hit):
 def split_id(identifier):
     """`id_of` back -> (digest, column, row)."""
     content, *place = str(identifier).rsplit(".", 2)
-    if len(place) != 2 or not all(part.isascii() and part.isdigit() and len(part) < 10 for part in place):
+    whole = len(place) == 2 and all(part.isascii() and part.isdigit() and len(part) < 10 for part in place)
+    if not whole or set(content) & set("'\\\0"):  # which no digest has, and no condition may hold
         raise told("The id of an image expected, as a search gives it.")
     return check_text(content, "id"), *map(int, place)
 
