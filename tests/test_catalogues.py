@@ -270,6 +270,7 @@ def test_the_command_filters_and_writes_items(files, tmp_path, checkpoint, capsy
         # What was found is an archive again.
         images, _ = read_catalogue(tmp_path / "hits.json")
         assert sorted(images) == [f"{server.address}/items/{number}.tif" for number in (1, 2)]
+        assert sorted(columns["eo_cloud_cover"] for columns in images.values()) == [10, 20]
 
 
 def test_columns_cannot_take_the_place_of_the_index_s_own(files, index):

@@ -330,6 +330,8 @@ def to_item_collection(hits):
         named = {name: value for name, value in hit.items() if name not in (*SIDES, "geometry", "limits", "acquired")}
         properties = {f"ieft:{name}": _as_json(value) for name, value in named.items() if value is not None}
         properties |= {"datetime": _as_json(hit["acquired"])}
+        if hit.get("eo_cloud_cover") is not None:
+            properties[CLOUD_COVER] = hit["eo_cloud_cover"]  # where catalogues have it
         if not hit["acquired"]:
             latest = hit["time"] or datetime.now(timezone.utc)
             properties |= {"start_datetime": "1970-01-01T00:00:00Z", "end_datetime": _as_json(latest)}
