@@ -1,6 +1,7 @@
 """Tests of indexing on a cluster: two nodes of a real Ray cluster on this machine, one of which is killed."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 from PIL import Image
 from test_index import archive, checkpoint, loaded, scene  # noqa: F401
@@ -96,6 +98,18 @@ def test_rows_are_those_of_one_process_though_a_node_is_killed(tmp_path, loaded,
     assert not killer.is_alive() and node.any_processes_alive() is False
     assert report == expected
     assert_same_rows(many, one)
+
+
+def test_columns_that_another_process_adds_meanwhile_are_empty(tmp_path, loaded, archive):
+    one, many = create(tmp_path / "one", loaded), create(tmp_path / "many", loaded)
+    one.add(find_images(archive)[:2], progress=False)
+    rows = one.table.to_arrow()
+    rows = rows.append_column(clusters.REPORT, pa.nulls(len(rows), pa.string()))
+    many.add_columns([pa.field("platform", pa.string())])
+    (part,) = clusters._write(rows, uri=many.uri, storage_options=None)["part"].to_pylist()
+    clusters._append(many, json.loads(part)["fragments"])
+    assert {row.pop("platform") for row in many.table.to_arrow().to_pylist()} == {None}
+    assert [row["file"] for row in table_of(many)] == [row["file"] for row in table_of(one)]
 
 
 def die_of_a_file(jobs):

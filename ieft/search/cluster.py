@@ -234,6 +234,9 @@ def _write(rows, *, uri, storage_options):
     fragments = []
     if len(new):
         dataset = lance.dataset(_open_table(uri, storage_options).uri, storage_options=storage_options)
+        for field in dataset.schema:  # a catalogue that is indexed at the same time adds columns
+            if field.name not in new.schema.names:
+                new = new.append_column(field.name, pa.nulls(len(new), field.type))
         new = new.select(dataset.schema.names).cast(dataset.schema)
         options = {"mode": "append", "storage_options": storage_options}
         fragments = write_fragments(new, dataset.uri, schema=dataset.schema, **options)
