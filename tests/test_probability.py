@@ -118,6 +118,8 @@ def test_the_command_shows_probabilities_and_says_that_nothing_fits(run, archive
     best = json.loads(run("query", CAPTIONS[0], "--json")[1].out)[0]["probability"]
     assert printed == f"Nothing in this archive fits: the best image has a probability of {best:.2f}.\n"
     assert json.loads(run("query", CAPTIONS[0], "--min_probability", 1, "--json")[1].out) == []
+    for more in ((), ("--min_probability", 0)):  # what is behind the last page fits no less
+        assert run("query", CAPTIONS[0], "--offset", 1000, *more)[1].out == "No further image matches.\n"
     with pytest.raises(SystemExit, match="--min_probability needs a sentence"):
         run("query", "--image", archive / "it's 04.png", "--min_probability", 0.5)
 

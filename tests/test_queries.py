@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 
@@ -268,6 +269,11 @@ def test_a_combination_is_asked_for_by_options(run, archive, tmp_path, loaded): 
     inside.rename(tmp_path / "away.png")  # its embedding is in the index
     hits = hits_of(run, "--like", inside)
     assert [hit["file"] for hit in hits] == [hit["file"] for hit in index.search(Query(images[1]))]
+    shutil.copy(outside, inside)  # another image by this name, whose embedding is not in the index
+    with_new, expected = hits_of(run, "--like", inside), index.search(Query(images[0]))
+    np.testing.assert_allclose(
+        [hit["similarity"] for hit in with_new], [hit["similarity"] for hit in expected], atol=1e-4
+    )
     pages = [json.loads(run("query", "--image", outside, "--json", "--offset", first)[1].out) for first in (0, 3)]
     assert [hit["file"] for hit in pages[0]["images"][3:]] == [hit["file"] for hit in pages[1]["images"]][:7]
 
@@ -283,6 +289,11 @@ def test_a_tile_is_named_as_the_table_names_it(run, scene):  # noqa: F811
         run("query", "--like", f"{scene} [1 0 32 32]")
     with pytest.raises(SystemExit, match="not in the index, of which a tile is named"):
         run("query", "--like", "other.tif [0 0 32 32]")
+    os.utime(scene, (0, 0))  # the same content
+    assert hits_of(run, "--like", name)[0]["similarity"] == pytest.approx(1, abs=1e-5)
+    scene.write_bytes(scene.read_bytes() + b"\0")
+    with pytest.raises(SystemExit, match="scene.tif has changed since it was indexed: index it again"):
+        run("query", "--like", name)
 
 
 def read_output(path):
@@ -344,12 +355,18 @@ def test_a_file_of_queries_gives_a_file_of_hits(run, archive, tmp_path):  # noqa
         ("a.jsonl", '{"id": 1}', "line 1: A sentence or an image .*empty"),
         ("a.jsonl", '{"text": "a", "weights": [1, 2]}', "line 1: As many weights .*: 1; got 2"),
         ("a.jsonl", '{"text": "a", "weights": -1}', "line 1: weights must be positive"),
+        ("a.jsonl", '{"text": "a", "weights": [true]}', "line 1: weights must be numbers"),
     ],
 )
 def test_lines_that_are_no_queries_are_named(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"(?s){message}"):
         read_questions(tmp_path / name)
+
+
+def test_weights_in_a_cell_are_a_list_too(tmp_path):
+    (tmp_path / "a.csv").write_text('text,without,weights\na river,trees,"[1, 0.5]"\n"[""a"", ""b""]",,"2,1"\n')
+    assert [question.weights for question in read_questions(tmp_path / "a.csv")] == [[1, 0.5], [2, 1]]
 
 
 def test_what_the_command_cannot_do_is_said_and_no_file_is_lost(run, archive, tmp_path):  # noqa: F811

@@ -375,8 +375,8 @@ def query_index(args):
     if args.json:
         print(json.dumps(found if args.image is not None else hits, indent=1, default=str))
     else:
-        print("\n\n".join(caption_table(some) if kind == "captions" else hit_table(some)
-                          for kind, some in found.items() if some or kind == "images"))  # fmt: skip
+        tables = [caption_table(found["captions"])] if found.get("captions") else []
+        print("\n\n".join([*tables, hit_table(hits, args.min_probability, args.offset)]))
     return 0
 
 
@@ -531,13 +531,13 @@ def relocate_index(args):
     return 0
 
 
-def hit_table(hits):
+def hit_table(hits, min_probability=None, offset=0):
     """Hits as text, one line each, or a line that says that there are none."""
     if not hits:
         best = getattr(hits, "best_probability", None)
-        if best is None:
-            return "No image matches."
-        return f"Nothing in this archive fits: the best image has a probability of {best:.2f}."
+        if min_probability is not None and best is not None and best < min_probability:
+            return f"Nothing in this archive fits: the best image has a probability of {best:.2f}."
+        return "No further image matches." if offset else "No image matches."
     lines = [f"{_head_of_line(hits)} file"]
     lines += [f"{_start_of_line(hit, hits)} {hit['file']}{_name_window(hit)}{_name_words(hit)}" for hit in hits]
     return "\n".join(lines)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from ieft.data.images import read_image
 from ieft.data.storage import is_address
 from ieft.data.tables import number_csv, number_json_lines, parse_cell, read_text
-from ieft.search.archive_files import open_file
+from ieft.search.archive_files import digest_file, open_file
 from ieft.search.filters import is_not_text
 from ieft.search.queries import Query, cut, read_vectors
 from ieft.search.tables import KEY, quote
@@ -154,16 +154,20 @@ def _as_texts(record, name):
 
 
 def parse_weights(weights):
-    """Numbers as a list, or as text with commas or blanks between them; None as it is.
+    """Numbers as a list, or as text with commas or blanks between them, also in brackets; None as it is.
 
     Raises:
         ValueError: for anything else.
     """
     if weights is None:
         return None
-    parts = weights.replace(",", " ").split() if isinstance(weights, str) else weights
-    parts = parts if isinstance(parts, list) else [parts]
+    if isinstance(weights, str):
+        listed = re.fullmatch(r"\s*\[(.*)\]\s*", weights, re.DOTALL)
+        weights = (listed[1] if listed else weights).replace(",", " ").split()
+    parts = weights if isinstance(weights, list) else [weights]
     try:
+        if any(isinstance(part, bool) for part in parts):
+            raise TypeError
         return [float(part) for part in parts]
     except (TypeError, ValueError):
         raise ValueError(f"weights must be numbers such as 1,2,0.5; got {str(weights)[:80]!r}.") from None
@@ -181,19 +185,23 @@ def find_example(index, name, *, bands=None):
 
     Args:
         name: a path or an address; for a tile in the index with its window, as the table of hits names it:
-            "city.tif [576 0 96 96]".
+            "city.tif [576 0 96 96]". A file of this machine that was replaced since it was indexed is read.
         bands: of a file that is read; with them, only tiles are looked up in the index.
 
     Raises:
         ValueError, OSError: for a tile that is not in the index, a scene of which only tiles are, and a file that
-            cannot be read.
+            cannot be read, or was replaced since its tile was indexed.
     """
     found = TILE.fullmatch(name) if is_address(name) or not os.path.lexists(name) else None
     file, window = (found["file"], found["window"]) if found else (name, None)
     if (bands is None or window is not None) and not is_not_text(file):
-        columns = [*KEY, "tile_width", "tile_height"]
+        columns = [*KEY, "tile_width", "tile_height", "content", "bytes", "time"]
         rows = index.select(f"file = {quote(index.name_of(file))}", columns)
-        windows = {" ".join(str(row[column]) for column in ("col", "row", *columns[3:])): row for row in rows}
+        if rows and _is_replaced(file, rows[0]):
+            if window is not None or len(rows) > 1:
+                raise ValueError(f"{file} has changed since it was indexed: index it again to name its tiles.")
+            rows = []
+        windows = {" ".join(str(row[column]) for column in ("col", "row", *columns[3:5])): row for row in rows}
         if window in windows or len(rows) == 1 and window is None:
             row = rows[0] if window is None else windows[window]
             return row | {"file": index.path_of(row["file"])}
@@ -205,6 +213,19 @@ def find_example(index, name, *, bands=None):
     if window is not None:
         raise ValueError(f"{file} is not in the index, of which a tile is named: {name}.")
     return read_image(open_file(file), bands=bands)
+
+
+def _is_replaced(file, row):
+    """Whether a file of this machine, if it is there, has another content than a row of the index was made of."""
+    if is_address(file) or not os.path.isfile(file):
+        return False
+    state = os.stat(file)
+    indexed = round(row["time"].timestamp() * 1000) if row["time"] else None  # the index keeps milliseconds
+    is_as_before = state.st_size == row["bytes"] and indexed in (
+        state.st_mtime_ns // 10**6,
+        round(state.st_mtime * 1000),
+    )
+    return not is_as_before and digest_file(file) != row["content"]
 
 
 def to_queries(index, questions, path, *, bands=None):
