@@ -109,13 +109,13 @@ def _run(index, names, options, batch_size):
         embedder.to("cpu")
     network = ray.put((copy.deepcopy(index.model).cpu(), index.processor, index.dtype, embedder))
     of_read = {"version": index.table.version, "prepared": index.prepared, "options": options}
-    of_tasks, of_actors = _resources()
+    of_reading, of_actors, of_writing = _resources()
     data = ray.data.from_arrow(blocks).map_batches(
         _read,
         batch_format="pyarrow",
         batch_size=None,
         fn_kwargs=place | of_read | {"starts": _Starts.remote()},
-        **of_tasks,
+        **of_reading,
     )
     data = data.map_batches(
         _Embed,
@@ -129,19 +129,27 @@ def _run(index, names, options, batch_size):
         batch_format="pyarrow",
         batch_size=ROWS_WITH_STATES if index.states else ROWS_PER_FRAGMENT,
         fn_kwargs=place,
-        num_cpus=0.25,
+        **of_writing,
     )
 
 
 def _resources():
-    """Of tasks that read, and of actors: these have a GPU each, or where there is none, a processor."""
+    """Of tasks that read, of actors that embed, and of tasks that write.
+
+    Actors have a GPU each, or where there is none, a processor. Writing is little work for many.
+    """
     there = ray.cluster_resources()
     processors = there.get("CPU", 1)
     share = min(1, processors / 4)  # of a small cluster, so that no stage waits for ever for another's processor
-    if gpus := int(there.get("GPU", 0)):
-        return {"num_cpus": share}, {"num_gpus": 1, "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=gpus)}
-    most = max(1, int(processors / share) - 1)
-    return {"num_cpus": share}, {"num_cpus": share, "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=most)}
+    gpus = int(there.get("GPU", 0))
+    most = gpus or max(1, int(processors / share) - 1)
+    of_actors = {"num_gpus": 1} if gpus else {"num_cpus": share}
+    writers = ray.data.TaskPoolStrategy(size=max(1, int(processors) // 8))
+    return (
+        {"num_cpus": share},
+        of_actors | {"compute": ray.data.ActorPoolStrategy(min_size=1, max_size=most)},
+        {"num_cpus": share / 4, "compute": writers},
+    )
 
 
 def _open_table(uri, storage_options):
