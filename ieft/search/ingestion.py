@@ -285,7 +285,7 @@ class _Writer:
         self._num_threads = self._all_threads if index.model.device.type == "cpu" else 1
         self._fewest_threads = max(1, self._num_threads - num_readers)
         self._computing = ThreadPoolExecutor(self._num_threads)
-        self._waits, self._last = True, time.perf_counter()
+        self._waits, self._last = False, time.perf_counter()
         torch.set_num_threads(max(1, self._all_threads // self._num_threads))
         self._to_write = [], [], []
         self._start_batch()
