@@ -13,11 +13,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from bench_search import FILES, SHORTLIST, add_vectors, clock, draw_vectors, timed
+from bench_search import SHORTLIST, add_vectors, clock, create_index, draw_vectors, timed
 
-from ieft import IeftForImageTextRetrieval, IeftProcessor
 from ieft.data.scenes import draw_scene
-from ieft.search.index import ImageIndex
 from ieft.search.ingestion import look_up
 
 SIZES = [10**3, 10**4, 10**5, 10**6]
@@ -31,12 +29,8 @@ def main():
     parser.add_argument("--queries", type=int, default=20)
     parser.add_argument("--figure", help="a PNG file")
     args = parser.parse_args()
-    model, processor = (kind.from_pretrained(args.model) for kind in (IeftForImageTextRetrieval, IeftProcessor))
     with tempfile.TemporaryDirectory() as folder:
-        index = ImageIndex(Path(folder, "index"), model, processor=processor, create=True)
-        files = [str(Path(folder, f"{number}.png")) for number in range(FILES)]
-        for number, file in enumerate(files):
-            draw_scene(0, number).image.save(file)
+        index, files = create_index(folder, args.model)
         found = [grow(index, files, size, args.queries) for size in args.sizes]
     report(found)
     if args.figure:

@@ -41,16 +41,21 @@ def main():
     parser.add_argument("--vectors", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=30)
     args = parser.parse_args()
-    model, processor = (kind.from_pretrained(args.model) for kind in (IeftForImageTextRetrieval, IeftProcessor))
     with tempfile.TemporaryDirectory() as folder:
-        index = ImageIndex(Path(folder, "index"), model, processor=processor, create=True)
-        files = [str(Path(folder, f"{number}.png")) for number in range(FILES)]
-        for number, file in enumerate(files):
-            draw_scene(0, number).image.save(file)
+        index, files = create_index(folder, args.model)
         seconds = {"add": clock(lambda: add_vectors(index, files, args.vectors))}
         seconds["build"] = clock(index.optimize)
         megabytes = sum(path.stat().st_size for path in Path(folder, "index").rglob("*") if path.is_file()) / 1e6
         report(measure(index, args.queries), seconds, megabytes, args)
+
+
+def create_index(folder, model):
+    """An empty index for a checkpoint, and the files that its rows will name."""
+    model, processor = (kind.from_pretrained(model) for kind in (IeftForImageTextRetrieval, IeftProcessor))
+    files = [str(Path(folder, f"{number}.png")) for number in range(FILES)]
+    for number, file in enumerate(files):
+        draw_scene(0, number).image.save(file)
+    return ImageIndex(Path(folder, "index"), model, processor=processor, create=True), files
 
 
 def clock(work):

@@ -85,7 +85,8 @@ def test_rows_are_those_of_one_process_though_a_node_is_killed(tmp_path, loaded,
     for number, image in enumerate(images):
         Image.fromarray(image).save(archive / f"more {number}.png")
     files = [*find_images(archive), scene]
-    one, many = create(tmp_path / "one", loaded), create(tmp_path / "many", loaded)
+    monkeypatch.chdir(tmp_path)  # where the nodes are not
+    one, many = create("one", loaded), create("many", loaded)
     expected = one.add(files, tile=32, progress=False)
     monkeypatch.setattr(clusters, "FILES_PER_TASK", 2)
     monkeypatch.setattr(clusters, "ROWS_PER_FRAGMENT", 16)

@@ -27,9 +27,7 @@ logger = logging.getLogger(__name__)
 
 IMAGES_AT_ONCE = 64
 CAPTIONS_AT_ONCE = 256
-MOST_ELONGATED = (
-    100  # an image with a longer side than this many short ones becomes too large where it is preprocessed
-)
+MOST_ELONGATED = 100  # long side by short side: beyond, resizing the short side makes gigabytes
 FINGERPRINT = "2-"  # prefix of this version
 PROBE = "Two Red HOUSES, é ß 中 3x4-storey ..."  # distinguishes tokenizers of one vocabulary, by case and accents
 NETWORKS = {"clip": CLIPModel, "siglip": SiglipModel}  # by the `model_type` of transformers

@@ -66,8 +66,9 @@ def add_images_on_cluster(index, files, *, tile, overlap, bands, batch_size, add
         try:
             for row in _run(index, names, options, batch_size).iter_rows() if names else ():
                 committer.take(json.loads(row["part"]))
-        except ray.exceptions.RayTaskError as error:
-            raise ValueError(f"A task on the cluster failed: {str(error.cause).strip()}") from error
+        except ray.exceptions.RayError as error:  # of a task its cause; of an actor that does not start, the last line
+            reason = str(getattr(error, "cause", None) or error).strip().split("\n")[-1]
+            raise ValueError(f"Work on the cluster failed: {reason}") from error
     return report
 
 

@@ -160,7 +160,8 @@ class ImageIndex:
                 self._use_root(normalize_root(root))
 
     def _open(self, uri, create, states, storage_options, embedder, place):
-        self.uri, self.storage_options = uri, storage_options
+        self.uri = uri if "://" in uri else os.path.abspath(uri)  # processes elsewhere work in other folders
+        self.storage_options = storage_options
         folder = None if "://" in uri else Path(uri)
         used = folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         is_new = folder is not None and not used
