@@ -130,6 +130,10 @@ class SearchPage:
             label = f"Images like this one; a file of up to {LARGEST_UPLOAD // MEGABYTE} MB"
             self.upload = gr.Image(label=label, sources=["upload", "clipboard"], height=240, elem_id="upload")
             self.captions = gr.HTML(visible=False, elem_id="captions")
+        self._lay_out_settings()
+        self.asked = [self.caption, self.without, self.upload, self.examples, *self.settings]
+
+    def _lay_out_settings(self):
         with gr.Accordion("Filters and settings", open=False, elem_id="filters"):
             with gr.Row():
                 width, height = (
@@ -200,7 +204,6 @@ class SearchPage:
         self.settings = [
             top_k, rerank_top_k, width, height, name, placed, where, self.bbox, first, last, *weights, least
         ]  # fmt: skip
-        self.asked = [self.caption, self.without, self.upload, self.examples, *self.settings]
 
     def _lay_out_answers(self):
         with gr.Row(equal_height=False):

@@ -81,6 +81,24 @@ def build_parser():
     commands = parser.add_subparsers(
         required=True, metavar="index | query | info | export | delete | prune | relocate"
     )
+    _add_index(commands)
+    _add_query(commands)
+    _add_command(commands, "info", show_info, "show what the index contains")
+    export = _add_command(commands, "export", export_index, "print the metadata of the images as JSON lines")
+    export.add_argument("--where", help="as for `query`")
+    _add_place_and_time(export, "only images")
+    export.add_argument("--geojson", action="store_true", help="print outlines instead, as one FeatureCollection")
+    delete = _add_command(commands, "delete", delete_images, "remove images from the index")
+    delete.add_argument("files", nargs="+")
+    prune = _add_command(commands, "prune", prune_index, "remove missing files from the index, and list them")
+    prune.add_argument("--force", action="store_true", help="even if all files of a folder are gone")
+    relocate = _add_command(commands, "relocate", relocate_index, "update the location of an archive that was moved")
+    relocate.add_argument("folder", help="new location of the archive, a folder or an address")
+    relocate.add_argument("--former", help="former location, if it is not the root shown by `info`")
+    return parser
+
+
+def _add_index(commands):
     index = _add_command(commands, "index", index_archive, "add the images of an archive")
     index.add_argument(
         "archive",
@@ -130,6 +148,9 @@ def build_parser():
         "and archive under the same paths or addresses",
     )
     index.add_argument("--captions", help="a text file, one sentence per line, to be found by `query --image`")
+
+
+def _add_query(commands):
     query = _add_command(commands, "query", query_index, "find images for a sentence, or images similar to an image")
     query.add_argument("caption", nargs="?", help="a sentence")
     query.add_argument("--image", help="an image file or its address, instead of a sentence")
@@ -179,19 +200,6 @@ def build_parser():
     query.add_argument(
         "--overwrite", action="store_true", help="replace files of --output, --sheet, --geojson, --stac and --explain"
     )
-    _add_command(commands, "info", show_info, "show what the index contains")
-    export = _add_command(commands, "export", export_index, "print the metadata of the images as JSON lines")
-    export.add_argument("--where", help="as for `query`")
-    _add_place_and_time(export, "only images")
-    export.add_argument("--geojson", action="store_true", help="print outlines instead, as one FeatureCollection")
-    delete = _add_command(commands, "delete", delete_images, "remove images from the index")
-    delete.add_argument("files", nargs="+")
-    prune = _add_command(commands, "prune", prune_index, "remove missing files from the index, and list them")
-    prune.add_argument("--force", action="store_true", help="even if all files of a folder are gone")
-    relocate = _add_command(commands, "relocate", relocate_index, "update the location of an archive that was moved")
-    relocate.add_argument("folder", help="new location of the archive, a folder or an address")
-    relocate.add_argument("--former", help="former location, if it is not the root shown by `info`")
-    return parser
 
 
 def _add_command(commands, name, function, text):
