@@ -35,6 +35,7 @@ from ieft.search.ingestion import (
     add_places_and_times,
     check_tiles,
     embed,
+    learn_codebooks,
     look_up,
     names_in_index,
     plan,
@@ -62,6 +63,8 @@ def add_images_on_cluster(index, files, *, tile, overlap, bands, batch_size, add
     report = {"added": 0, "unchanged": 0, "unreadable": unreadable}
     connect(address)
     options = {"tile": tile, "overlap": overlap, "bands": bands}
+    with ReadAhead(threads=THREADS) as reader:
+        learn_codebooks(index, names, reader, **options)
     with Bar(len(names), progress) as bar, _Committer(index, report, bar) as committer:
         try:
             for row in _run(index, names, options, batch_size).iter_rows() if names else ():

@@ -31,7 +31,7 @@ from ieft.evaluation.devices import DTYPES
 from ieft.search.archive_files import find_images, open_file, read_hits, root_of
 from ieft.search.catalogues import add_catalogue, is_catalogue, to_item_collection
 from ieft.search.explain import draw_heat_map, explain_pair
-from ieft.search.feature_cache import KINDS
+from ieft.search.feature_cache import bytes_per_token
 from ieft.search.filters import without_place_in_code
 from ieft.search.geography import to_geojson
 from ieft.search.query_files import (
@@ -120,8 +120,10 @@ def _add_index(commands):
     )
     index.add_argument(
         "--states",
-        choices=KINDS,
-        help="also store image features for re-ranking, for checkpoints with first_joint_layer above 0",
+        type=_states,
+        metavar="bf16 | int8 | pq96 | ...",
+        help="also store image features for re-ranking, for checkpoints with first_joint_layer above 0: two bytes or "
+        "one for each number, or by product quantisation such as pq96, 96 bytes for each token",
     )
     index.add_argument("--asset", help="of a STAC catalogue, the key of the asset to index, such as visual")
     index.add_argument(
@@ -233,6 +235,14 @@ def _some_text(text):
     if not text:
         raise argparse.ArgumentTypeError("a value expected; it is empty")
     return text
+
+
+def _states(kind):
+    try:
+        bytes_per_token(kind)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return kind
 
 
 def _add_place_and_time(command, which):

@@ -1,11 +1,11 @@
 """Index of an image archive: a shortlist from a vector store (LanceDB), re-ranked by the network.
 
-The index is three LanceDB tables in a folder or in object storage such as `s3://bucket/prefix`. An image is a row, a
-large scene one row for each of its tiles. A transaction writes a batch or a few, and rows whose content has not
-changed are not embedded again: an interrupted addition resumes when it is run again. Several processes may add at
-once: the key of a row is the table's primary key, so that a transaction that would insert a row that another has just
-inserted is repeated. Two-stage retrieval: Miech et al., "Thinking Fast and Slow: Efficient Text-to-Visual Retrieval
-with Transformers", CVPR 2021.
+The index is three LanceDB tables, a fourth where product quantisation needs codebooks, in a folder or in object
+storage such as `s3://bucket/prefix`. An image is a row, a large scene one row for each of its tiles. A transaction
+writes a batch or a few, and rows whose content has not changed are not embedded again: an interrupted addition resumes
+when it is run again. Several processes may add at once: the key of a row is the table's primary key, so that a
+transaction that would insert a row that another has just inserted is repeated. Two-stage retrieval: Miech et al.,
+"Thinking Fast and Slow: Efficient Text-to-Visual Retrieval with Transformers", CVPR 2021.
 """
 
 import hashlib
@@ -45,8 +45,10 @@ from ieft.search.archive_files import (
     read_hit,
     sizes_of,
 )
+from ieft.search.feature_cache import bytes_per_token
 from ieft.search.filters import check_where, fetch, is_not_text, without_place_in_code, write_where
 from ieft.search.ingestion import ROWS_AT_ONCE, add_captions, add_images
+from ieft.search.product_quantization import Codebooks, parts_of
 from ieft.search.queries import (
     FIRST_BLOCK,
     Hits,
@@ -60,6 +62,7 @@ from ieft.search.queries import (
 )
 from ieft.search.tables import (
     CAPTIONS,
+    CODEBOOKS,
     IMAGES,
     KEY,
     METADATA,
@@ -117,9 +120,9 @@ class ImageIndex:
 
         Args:
             model: an `IeftForImageTextRetrieval`, with contrastive heads unless there is an `embedder`.
-            states: with `create`, also store image features for re-ranking, as "bf16" or "int8" (see
-                `ieft.search.feature_cache`), so that re-ranking reads no file. For models with `first_joint_layer`
-                above 0.
+            states: with `create`, also store image features for re-ranking, as "bf16", "int8", or in so many bytes
+                per token as "pq96" (see `ieft.search.feature_cache`), so that re-ranking reads no file. For models
+                with `first_joint_layer` above 0.
             storage_options: credentials and settings of object storage, as LanceDB takes them.
             root: the archive's folder, or its address in other storage. The index stores the first one given, and
                 paths relative to it: see `relocate`. A moved archive is recognised by its files.
@@ -139,12 +142,14 @@ class ImageIndex:
         """
         self.model, self.processor = model.eval().to(choose_device(device)), processor
         self.dtype = None  # to compare an earlier version's embeddings exactly
-        self._root = None
+        self._root = self._codebooks = None
         if states and not model.config.first_joint_layer:
             raise ValueError(
                 "A checkpoint with first_joint_layer above 0 expected, to keep states of its images; this one reads "
                 "them with the caption from block 0 on. Train one with run_retrieval.py --first_joint_layer."
             )
+        if states and (size := bytes_per_token(states)):
+            parts_of(model.config.hidden_size, size)  # raises an error before anything is created
         with _store_errors(uri):
             self._open(str(uri), create, states, storage_options, embedder, {"device": device, "dtype": dtype})
             self._check_checkpoint(uri)
@@ -199,6 +204,12 @@ class ImageIndex:
             raise ValueError(f"The tables at {uri} were not made by ieft-search: name another folder.")
         self.made_by, self.states = (known.get(name, b"").decode() for name in (CHECKPOINT, STATES))
         self._made_with = _read_embedder(database)
+        self._codebooks_table = None
+        if self.states and bytes_per_token(self.states):
+            schema = pa.schema([pa.field("name", pa.string(), nullable=False), pa.field("content", pa.binary())])
+            if CODEBOOKS not in there:
+                retry(database.create_table, CODEBOOKS, schema=with_key(schema, ["name"]), exist_ok=True)
+            self._codebooks_table = database.open_table(CODEBOOKS)
 
     def _choose_embedder(self, embedder, made_with, states, place):
         """Set `embedder`, and the fingerprint of what makes the vectors.
@@ -413,6 +424,25 @@ class ImageIndex:
         metadata = {CHECKPOINT: self.checkpoint.encode(), STATES: (states or "").encode()}
         metadata |= {EMBEDDER: self.embedder.name.encode()} if self.embedder else {}
         return pa.schema([*fields, vector], metadata=metadata)
+
+    @property
+    def codebooks(self):
+        """The `Codebooks` that features are stored with; None where they need none, or none are learnt yet."""
+        if self._codebooks is None and self._codebooks_table is not None:
+            rows = self._codebooks_table.search().to_list()
+            self._codebooks = Codebooks.from_bytes(rows[0]["content"]) if rows else None
+        return self._codebooks
+
+    @property
+    def lacks_codebooks(self):
+        """Whether codebooks have to be learnt before images are added."""
+        return self._codebooks_table is not None and self.codebooks is None
+
+    def keep_codebooks(self, codebooks):
+        """Store codebooks for good; where another process was first, its are kept and used."""
+        merge = self._codebooks_table.merge_insert("name").when_not_matched_insert_all()
+        rows = [{"name": self.states, "content": codebooks.to_bytes()}]
+        retry(merge.execute, pa.Table.from_pylist(rows, schema=self._codebooks_table.schema))
 
     def __len__(self):
         return self.table.count_rows()

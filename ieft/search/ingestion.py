@@ -15,9 +15,10 @@ from tqdm import tqdm
 from ieft.data.storage import is_address
 from ieft.evaluation.embedders import unit_vectors
 from ieft.search.archive_files import read_place_and_time
-from ieft.search.feature_cache import encode_state
+from ieft.search.feature_cache import bytes_per_token, encode_state
 from ieft.search.filters import fetch, is_not_text
 from ieft.search.geography import PLACE_COLUMNS, SIDES
+from ieft.search.product_quantization import Codebooks
 from ieft.search.read_ahead import (
     DIED,
     FILES_PER_TASK,
@@ -40,6 +41,7 @@ ROWS_AT_ONCE = 64
 MOST_BATCHES = 8  # in a transaction
 NAMES_AT_ONCE = 512  # that are looked up in the index, which takes about as long for a few as for these
 OVERLAP = 0.25
+FEWEST_TO_LEARN, IMAGES_TO_LEARN = 64, 256  # images or tiles from which codebooks are learnt
 BAR = "Indexing: {percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]"
 
 
@@ -56,14 +58,49 @@ def add_images(index, files, *, tile, overlap, bands, batch_size, num_workers, r
         for name, rows in look_up(index.table, names[first : first + at_once]).items()
     )
     threads = THREADS if any(is_address(index.path_of(name)) for name in names) else 1
-    with (
-        reader or ReadAhead(num_workers, threads=threads) as reader,
-        _Writer(index, batch_size, report, reader.num_workers) as writer,
-        Bar(len(names), progress) as bar,
-    ):
-        for job, rows, found in read_in_order(reader, jobs):
-            _add_file(job, rows, found, reader, writer, bar, report)
+    with reader or ReadAhead(num_workers, threads=threads) as reader:
+        learn_codebooks(index, names, reader, tile=tile, overlap=overlap, bands=bands)
+        with _Writer(index, batch_size, report, reader.num_workers) as writer, Bar(len(names), progress) as bar:
+            for job, rows, found in read_in_order(reader, jobs):
+                _add_file(job, rows, found, reader, writer, bar, report)
     return report
+
+
+def learn_codebooks(index, names, reader, *, tile, overlap, bands):
+    """Learn the codebooks of an index that has none yet, from images that are spread evenly over those to be added.
+
+    Raises:
+        ValueError: if too few can be read.
+    """
+    if not names or not index.lacks_codebooks:
+        return
+    prepared = index.prepared
+    chosen = _spread(names, IMAGES_TO_LEARN)
+    jobs = (
+        (plan(name, index.path_of(name), (), prepared, tile=tile, overlap=overlap, bands=bands), ()) for name in chosen
+    )
+    of_each, squares = -(-IMAGES_TO_LEARN // len(chosen)), []
+    for job, rows, found in read_in_order(reader, jobs):
+        found = found._replace(later=_spread(found.later, of_each))
+        of_file = [square for some, _ in read_parts(job, rows, found, reader.map) for _, square in some]
+        squares += _spread(of_file, of_each)
+    if len(squares) < FEWEST_TO_LEARN:
+        raise ValueError(
+            f"{index.states} learns its codebooks from the first images that are added: at least {FEWEST_TO_LEARN} "
+            f"images or tiles expected; {len(squares)} can be read. Add more of them at once, or make an index with "
+            "int8 states."
+        )
+    with index.network() as network:
+        parts = np.array_split(np.stack(squares), -(-len(squares) // ROWS_AT_ONCE))
+        states = torch.cat([network.read_images(index.to_pixels(part)).float().cpu() for part in parts])
+    index.keep_codebooks(Codebooks.learn(states.flatten(0, 1), bytes_per_token(index.states)))
+
+
+def _spread(items, count):
+    """Up to `count` items, spread evenly over all."""
+    if len(items) <= count:
+        return items
+    return [items[place] for place in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
 def check_tiles(tile, overlap):
@@ -393,7 +430,7 @@ def embed(index, network, squares):
         return [{"vector": vector} for vector in unit_vectors(network.get_image_features(pixels))]
     states = network.read_images(pixels)
     vectors = unit_vectors(network.get_image_features(image_states=states))
-    encoded = [encode_state(state, index.states) for state in states]
+    encoded = [encode_state(state, index.states, index.codebooks) for state in states]
     return [{"vector": vector, "state": state} for vector, state in zip(vectors, encoded, strict=True)]
 
 

@@ -342,7 +342,11 @@ def _score(index, searches, tokens, states, scores, damaged):
         keys = [(place, sentence) for place in places for sentence in missing[place][1]]
         rows = {place: row for row, place in enumerate(places)}
         pairs = [(rows[place], columns[sentence]) for place, sentence in keys]
-        images = _States([states[place] for place in places]) if states else HitImages(hits, index.processor)
+        images = (
+            _States([states[place] for place in places], index.codebooks)
+            if states
+            else HitImages(hits, index.processor)
+        )
         captions = list(tokens.values())
         try:
             of_pairs = score_pairs(index.model, images, captions, pairs, dtype=index.dtype, progress=False)
@@ -359,14 +363,14 @@ def _score(index, searches, tokens, states, scores, damaged):
 class _States:
     """Stored features of hits by row, decoded when they are read."""
 
-    def __init__(self, contents):
-        self.contents = contents
+    def __init__(self, contents, codebooks):
+        self.contents, self.codebooks = contents, codebooks
 
     def __len__(self):
         return len(self.contents)
 
     def __getitem__(self, row):
-        return decode_state(self.contents[row])
+        return decode_state(self.contents[row], self.codebooks)
 
 
 def _find_damaged(hits, damaged):

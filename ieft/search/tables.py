@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 IMAGES, CAPTIONS, SETTINGS = "images", "captions", "settings"  # the tables
+CODEBOOKS = "codebooks"  # the table of those of product quantisation, in indexes whose features need them
 MOST_ATTEMPTS = 20  # at a transaction that conflicts with others
 # `file` is relative to the archive's root where it lies below it; `time` is the file's, `acquired` the image's.
 # `width` and `height` are the file's; `col`, `row`, `tile_width`, `tile_height` the window of it that the row stands

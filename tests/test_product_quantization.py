@@ -1,0 +1,266 @@
+"""Tests of product quantisation: codes against plain loops, and indexes whose features are kept as codes."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_index import CAPTIONS, checkpoint, joined_late, loaded  # noqa: F401
+
+from ieft.search import product_quantization
+from ieft.search.archive_files import find_images
+from ieft.search.command import build_parser
+from ieft.search.feature_cache import decode_state, encode_state
+from ieft.search.index import ImageIndex
+from ieft.search.product_quantization import CENTROIDS, Codebooks
+
+# ruff: noqa: F811
+
+NUM_IMAGES, NUM_TOKENS, WIDTH = 70, 17, 24
+KIND = "pq8"
+
+
+def draw_vectors(count=600, width=WIDTH):
+    """Vectors whose numbers depend on each other, as those of tokens do."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 4, generator=generator) @ torch.randn(4, width, generator=generator) + 0.1 * torch.randn(
+        count, width, generator=generator
+    )
+
+
+@pytest.fixture(scope="module")
+def codebooks():
+    return Codebooks.learn(draw_vectors(), 8)
+
+
+# Codes ---------------------------------------------------------------------------------------------------------------
+
+
+def slow_codes(codebooks, vector):
+    """One vector, part by part and round by round."""
+    codes = [[], []]
+    for part, rest in enumerate(vector.double().chunk(4)):
+        for number, of_round in enumerate(codebooks.centroids.double()):
+            distances = [float((rest - centroid).square().sum()) for centroid in of_round[part]]
+            codes[number].append(int(np.argmin(distances)))
+            rest = rest - of_round[part][codes[number][-1]]
+    return codes[0] + codes[1]
+
+
+def slow_vector(codebooks, codes):
+    parts = []
+    for part in range(4):
+        parts.append(sum(codebooks.centroids[number][part][int(codes[4 * number + part])] for number in range(2)))
+    return torch.cat(parts)
+
+
+def test_codes_are_those_of_plain_loops(codebooks):
+    vectors = draw_vectors()[:20]
+    codes = codebooks.encode(vectors)
+    assert codes.dtype == torch.uint8 and codes.shape == (20, codebooks.bytes_per_vector)
+    assert codes.tolist() == [slow_codes(codebooks, vector) for vector in vectors]
+    torch.testing.assert_close(codebooks.decode(codes), torch.stack([slow_vector(codebooks, each) for each in codes]))
+
+
+def slow_k_means(vectors):
+    centroids = vectors[:CENTROIDS].copy()
+    for _ in range(product_quantization.ITERATIONS):
+        nearest = np.array([np.square(centroids - vector).sum(axis=1).argmin() for vector in vectors])
+        for number in range(CENTROIDS):
+            if (nearest == number).any():
+                centroids[number] = vectors[nearest == number].mean(axis=0)
+    return centroids, vectors - centroids[[np.square(centroids - vector).sum(axis=1).argmin() for vector in vectors]]
+
+
+def test_centroids_are_those_of_plain_loops():
+    vectors = draw_vectors(300, 2)
+    learnt = Codebooks.learn(vectors, 2)
+    order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))
+    expected, rest = slow_k_means(vectors[order].double().numpy())
+    np.testing.assert_allclose(learnt.centroids[0, 0], expected, atol=1e-4)
+    np.testing.assert_allclose(learnt.centroids[1, 0], slow_k_means(rest)[0], atol=1e-4)
+
+
+def test_more_bytes_lose_less():
+    vectors = draw_vectors(2000)
+    lost = []
+    for size in (2, 8, 24):
+        learnt = Codebooks.learn(vectors[:1000], size)
+        back = learnt.decode(learnt.encode(vectors[1000:]))
+        lost.append(float((back - vectors[1000:]).square().mean() / vectors.var()))
+    assert 0.1 > lost[0] > 1.2 * lost[1] > 1.2 * 4 * lost[2] > 0
+
+
+def test_the_same_vectors_give_the_same_codebooks_with_any_number_of_threads(codebooks):
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert Codebooks.learn(draw_vectors(), 8).digest == codebooks.digest
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_codebooks_come_back_from_bytes(codebooks):
+    content = codebooks.to_bytes()
+    back = Codebooks.from_bytes(content)
+    assert torch.equal(back.centroids, codebooks.centroids) and back.digest == codebooks.digest
+    for other in (b"", content[:-1], content + b"?", b"x" * 100):
+        with pytest.raises(ValueError, match=f"Codebooks expected .* got {len(other)} other bytes"):
+            Codebooks.from_bytes(other)
+
+
+@pytest.mark.parametrize("size", [0, 3, 14, 50])
+def test_sizes_that_do_not_fit_are_refused_with_those_that_do(size):
+    with pytest.raises(ValueError, match=f"24 numbers .* to 2, 4, 6, 8, 12, 16, 24, 48 bytes; got {size}"):
+        Codebooks.learn(draw_vectors(), size)
+
+
+def test_too_few_vectors_are_refused():
+    with pytest.raises(ValueError, match="At least 256 vectors expected .* got 255"):
+        Codebooks.learn(draw_vectors(255), 8)
+
+
+# Features ------------------------------------------------------------------------------------------------------------
+
+
+def test_features_are_codes_and_need_their_codebooks(codebooks):
+    state = draw_vectors()[:NUM_TOKENS]
+    content = encode_state(state, KIND, codebooks)
+    assert len(content) == 10 + 8 + NUM_TOKENS * 8
+    assert torch.equal(decode_state(content, codebooks), codebooks.decode(codebooks.encode(state)))
+    others = Codebooks(codebooks.centroids + 1)
+    for wrong in (None, others):
+        with pytest.raises(ValueError, match=f"with the codebooks {codebooks.digest.hex()}; got .* to decode"):
+            decode_state(content, wrong)
+    for broken in (content[:-1], content + b"?", content[:12]):
+        with pytest.raises(ValueError, match=f"got {len(broken)} bytes"):
+            decode_state(broken, codebooks)
+    for kind, given, features in (
+        (KIND, None, state), ("pq4", codebooks, state), (KIND, codebooks, state[:, :12]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{kind} needs codebooks of . bytes for tokens of .* numbers"):
+            encode_state(features, kind, given)
+
+
+# Indexes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("archive")
+    noise = np.random.default_rng(0)
+    for number in range(NUM_IMAGES):
+        pixels = noise.integers(0, 255, (4, 4, 3), np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+        Image.fromarray(pixels).save(folder / f"{number:02}.png")
+    return folder
+
+
+def create(folder, loaded, states=KIND):
+    return ImageIndex(folder, loaded[0], processor=loaded[1], create=True, states=states, dtype="float32")
+
+
+@torch.no_grad()
+def slow_score(model, state, tokens):
+    """One caption with one image's features, every token in every block."""
+    network = model.vilt
+    text = network.embeddings.mark_captions(network.embed_captions(torch.tensor([tokens])))
+    text = network.read_alone(text, has_image=False)[0]
+    blocks = range(model.config.first_joint_layer, model.config.num_hidden_layers)
+    last = network.encode(torch.cat([text, state[None]], dim=1), blocks=blocks, is_enhanced=True)[0]
+    return float(model.rank_output(network.pooler(last)))
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory, archive, joined_late):
+    index = create(tmp_path_factory.mktemp("index"), joined_late)
+    assert index.lacks_codebooks
+    assert index.add(find_images(archive), batch_size=16)["added"] == NUM_IMAGES
+    return index
+
+
+def test_hits_are_ranked_by_plain_loops_over_decoded_features(index, joined_late):
+    model, processor = joined_late
+    rows = index.select(None, ["file", "state"])
+    assert {len(row["state"]) for row in rows} == {10 + 8 + NUM_TOKENS * 8}
+    states = {}
+    for row in rows:
+        codes = np.frombuffer(row["state"][18:], np.uint8).reshape(NUM_TOKENS, 8)
+        states[row["file"]] = torch.stack([slow_vector(index.codebooks, token) for token in codes])
+    hits = ImageIndex(index.uri, model, processor=processor).search(CAPTIONS[0], top_k=20, rerank_top_k=20)
+    tokens = processor.tokenizer(CAPTIONS[0])["input_ids"]
+    expected = [slow_score(model, states[index.name_of(hit["file"])], tokens) for hit in hits]
+    assert [hit["stage"] for hit in hits] == ["re-ranked"] * 20 and np.std(expected) > 0.1
+    np.testing.assert_allclose([hit["score"] for hit in hits], expected, atol=1e-4)
+
+
+def test_scores_are_near_those_of_the_files(index, tmp_path, archive, joined_late):
+    plain = ImageIndex(tmp_path / "index", joined_late[0], processor=joined_late[1], create=True, dtype="float32")
+    plain.add(find_images(archive))
+    options = {"top_k": NUM_IMAGES, "rerank_top_k": NUM_IMAGES}
+    pages = [each.search(CAPTIONS[0], **options) for each in (plain, index)]
+    exact, quantised = ({hit["file"]: hit["score"] for hit in page} for page in pages)
+    assert np.corrcoef([[scores[file] for file in exact] for scores in (exact, quantised)])[0, 1] > 0.9
+
+
+def test_what_is_added_later_uses_the_codebooks_that_were_learnt_first(index, tmp_path, archive, joined_late):
+    digest = index.codebooks.digest
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    again = create(index.uri, joined_late)
+    assert again.add([tmp_path / "red.png"])["added"] == 1
+    again.optimize()
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "red.png")  # a changed image replaces its row
+    assert again.add([tmp_path / "red.png", *find_images(archive)])["added"] == 1
+    assert {row["state"][10:18] for row in again.select(None, ["state"])} == {digest}
+    assert again.delete([tmp_path / "red.png"]) == 1
+
+
+def test_of_two_that_learn_at_once_both_use_the_codebooks_of_the_first(tmp_path, archive, joined_late):
+    files = find_images(archive)
+    some = [create(tmp_path / "index", joined_late) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda index, files: index.add(files, progress=False), some, (files[:-4], files[4:])))
+    rows = some[0].select(None, ["file", "state"])
+    assert len(rows) == NUM_IMAGES
+    for row in rows:
+        for index in some:
+            decode_state(row["state"], index.codebooks)
+    one, two = (Codebooks.learn(draw_vectors() + offset, 8) for offset in (0, 1))
+    index, other = (create(tmp_path / "other", joined_late) for _ in range(2))
+    index.keep_codebooks(one)
+    other.keep_codebooks(two)
+    assert index.codebooks.digest == other.codebooks.digest == one.digest
+
+
+def test_too_few_images_are_refused_and_nothing_is_added(tmp_path, archive, joined_late):
+    index, files = create(tmp_path / "index", joined_late), find_images(archive)
+    (tmp_path / "cut.png").write_bytes(files[0].read_bytes()[:60])
+    with pytest.raises(ValueError, match="pq8 learns .* at least 64 images or tiles expected; 63 can be read"):
+        index.add([*files[:63], tmp_path / "cut.png"])
+    assert len(index) == 0 and index.lacks_codebooks
+    assert index.search(CAPTIONS[0]) == []
+    assert index.add([])["added"] == 0
+    assert index.add(files)["added"] == NUM_IMAGES
+
+
+def test_codebooks_are_learnt_from_tiles_of_a_scene(tmp_path, joined_late):
+    noise = np.random.default_rng(1).integers(0, 255, (40, 80, 3), np.uint8)
+    Image.fromarray(noise).resize((640, 320)).save(tmp_path / "scene.png")
+    index = create(tmp_path / "index", joined_late)
+    report = index.add([tmp_path / "scene.png"], tile=32, overlap=0)
+    assert report == {"added": 200, "unchanged": 0, "unreadable": {}}
+    assert len({row["state"] for row in index.select(None, ["state"])}) == 200
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_created(tmp_path, archive, joined_late, capsys):
+    for states, message in (("pq7", "24 numbers can be quantised to 2, 4, 6"), ("pq", "pq with the bytes of a token")):
+        with pytest.raises(ValueError, match=message):
+            create(tmp_path / "index", joined_late, states)
+    assert not (tmp_path / "index").exists()
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["index", "a", "--model", "m", "--index", "i", "--states", "int4"])
+    assert "one of bf16, int8, or pq with the bytes of a token, such as pq96; got 'int4'" in capsys.readouterr().err
+    create(tmp_path / "index", joined_late)
+    with pytest.raises(ValueError, match="keeps pq8 states, and pq4 are asked for"):
+        create(tmp_path / "index", joined_late, "pq4")
