@@ -52,7 +52,7 @@ def test_other_bytes_are_refused(content):
     [
         (torch.zeros(2, 3, 4), "int8", r"\(T, D\) finite numbers; got \(2, 3, 4\)"),
         (torch.full((2, 3), torch.nan), "bf16", "not finite"),
-        (torch.zeros(2, 3), "int4", "bf16, int8; got 'int4'"),
+        (torch.zeros(2, 3), "int4", "bf16, int8, or pq with the bytes of a token, such as pq96; got 'int4'"),
     ],
 )
 def test_what_cannot_be_stored_says_so(state, kind, message):

@@ -86,7 +86,7 @@ def decode_state(content, codebooks=None):
         size = DIGEST + num_tokens * codebooks.bytes_per_vector
     else:
         size = {"bf16": 2 * numbers, "int8": 4 * num_tokens + numbers}.get(kind, -1)
-    if len(body) != size:
+    if len(content) != HEADER.size + size:
         raise ValueError(
             f"Features encoded by `encode_state` expected; got {len(content)} bytes that begin with {content[:4]!r}."
         )

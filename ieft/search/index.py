@@ -48,7 +48,7 @@ from ieft.search.archive_files import (
 from ieft.search.feature_cache import bytes_per_token
 from ieft.search.filters import check_where, fetch, is_not_text, without_place_in_code, write_where
 from ieft.search.ingestion import ROWS_AT_ONCE, add_captions, add_images
-from ieft.search.product_quantization import Codebooks, parts_of
+from ieft.search.product_quantization import Codebooks, check_size
 from ieft.search.queries import (
     FIRST_BLOCK,
     Hits,
@@ -149,7 +149,7 @@ class ImageIndex:
                 "them with the caption from block 0 on. Train one with run_retrieval.py --first_joint_layer."
             )
         if states and (size := bytes_per_token(states)):
-            parts_of(model.config.hidden_size, size)  # raises an error before anything is created
+            check_size(model.config.hidden_size, size)  # raises an error before anything is created
         with _store_errors(uri):
             self._open(str(uri), create, states, storage_options, embedder, {"device": device, "dtype": dtype})
             self._check_checkpoint(uri)
