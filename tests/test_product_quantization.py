@@ -1,5 +1,6 @@
 """Tests of product quantisation: codes against plain loops, and indexes whose features are kept as codes."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -263,6 +264,16 @@ def test_too_few_images_are_refused_and_nothing_is_added(tmp_path, archive, join
     assert index.search(CAPTIONS[0]) == []
     assert index.add([])["added"] == 0
     assert index.add(files)["added"] == NUM_IMAGES
+
+
+def test_lost_codebooks_are_named(index, tmp_path, archive, joined_late):
+    shutil.copytree(index.uri, tmp_path / "index")
+    shutil.rmtree(tmp_path / "index" / "codebooks.lance")
+    broken = create(tmp_path / "index", joined_late)
+    with pytest.raises(ValueError, match=f"with the codebooks {index.codebooks.digest.hex()}; got None"):
+        broken.search(CAPTIONS[0])
+    with pytest.raises(ValueError, match="codebooks of the pq6 features at .* are gone"):
+        broken.add(find_images(archive))
 
 
 def test_codebooks_are_learnt_from_tiles_of_a_scene(tmp_path, joined_late):

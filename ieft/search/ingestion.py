@@ -70,10 +70,15 @@ def learn_codebooks(index, names, reader, *, tile, overlap, bands):
     """Learn the codebooks of an index that has none yet, from images that are spread evenly over those to be added.
 
     Raises:
-        ValueError: if too few can be read.
+        ValueError: if too few can be read, or the index has lost its codebooks.
     """
     if not names or not index.lacks_codebooks:
         return
+    if len(index) and index.lacks_codebooks:  # asked again: another process may have stored them, and then rows
+        raise ValueError(
+            f"The codebooks of the {index.states} features at {index.uri} are gone, without which they cannot be "
+            "read: bring the folder codebooks.lance back, or make another index."
+        )
     prepared = index.prepared
     chosen = _spread(names, IMAGES_TO_LEARN)
     jobs = (
@@ -87,8 +92,8 @@ def learn_codebooks(index, names, reader, *, tile, overlap, bands):
     if len(squares) < FEWEST_TO_LEARN:
         raise ValueError(
             f"{index.states} learns its codebooks from the first images that are added: at least {FEWEST_TO_LEARN} "
-            f"images or tiles expected; {len(squares)} can be read. Add more of them at once, or make an index with "
-            "int8 states."
+            f"images or tiles expected; {len(squares)} can be read. Add more of them at once, or make another index "
+            "with int8 states."
         )
     with index.network() as network:
         parts = np.array_split(np.stack(squares), -(-len(squares) // ROWS_AT_ONCE))
