@@ -169,6 +169,7 @@ class IeftSelfAttention(nn.Module):
         Returns:
             context (B, H, Q, D/H), and log_sum (B, H, Q) of the exponentiated logits in float32.
         """
+        key, value = key.to(query.dtype), value.to(query.dtype)  # stored ones are float32
         logits = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(2, 3)).float()  # (B, H, Q, S)
         if attention_mask is not None:
             logits = logits.masked_fill(attention_mask[:, None, None] == 0, -torch.inf)

@@ -453,14 +453,44 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
         return self.vilt.read_alone(self.vilt.embeddings.mark_captions(text), attention_mask, has_image=False)[0]
 
     def prepare_images(self, pixel_values: Tensor | None = None, *, image_states: Tensor | None = None) -> Prepared:
-        """The image side of scoring, once per image, from pixels or from what `read_images` gave: `Prepared`."""
+        """The image side of scoring, once per image: `Prepared`.
+
+        Args:
+            pixel_values: (I, 3, image_size, image_size).
+            image_states: instead, what `read_images` gave, (I, 1+P, D), or `read_keys_and_values`, (I, 1+P, 2D).
+        """
         states = self.read_images(pixel_values) if image_states is None else image_states
         layer = self.vilt.encoder.layer[self.config.first_joint_layer]
         if not self.config.joins_last:
             return Prepared(states, *layer.project(states))
-        normed, attention = layer.layernorm_before(states), layer.attention.attention
-        key, value = (attention.split_heads(each(normed)).contiguous() for each in (attention.key, attention.value))
+        are_read = states.shape[-1] == 2 * self.config.hidden_size
+        both = states.chunk(2, dim=-1) if are_read else self._keys_and_values(states)
+        key, value = (layer.attention.attention.split_heads(each).contiguous() for each in both)
         return Prepared(key=key, value=value)
+
+    def read_keys_and_values(self, image_states: Tensor) -> Tensor:
+        """Keys and values of the last block, where it alone is joint: all that scoring needs of an image.
+
+        Args:
+            image_states: (I, 1+P, D) that `read_images` gave.
+
+        Returns:
+            (I, 1+P, 2D), keys before values.
+
+        Raises:
+            ValueError: where another block reads captions and images together too.
+        """
+        if not self.config.joins_last:
+            raise ValueError(
+                f"A network whose last block alone reads captions and images together expected (first_joint_layer "
+                f"{self.config.num_hidden_layers - 1}); that of this one is {self.config.first_joint_layer}."
+            )
+        return torch.cat(self._keys_and_values(image_states), dim=-1)
+
+    def _keys_and_values(self, image_states):
+        layer = self.vilt.encoder.layer[-1]
+        normed, attention = layer.layernorm_before(image_states), layer.attention.attention
+        return [attention.key(normed), attention.value(normed)]
 
     def prepare_captions(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *,

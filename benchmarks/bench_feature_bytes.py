@@ -35,7 +35,7 @@ from modeling_ieft import IeftForImageTextRetrieval
 from prepare_datasets import load_retrieval_dataset
 
 LAST_BLOCK = 5
-SHARES = (4, 8, 16, 32)  # numbers of a token for each byte
+SHARES = (4, 8, 16, 32, 64)  # numbers of a token for each byte
 IMAGES_AT_ONCE = 64
 WHOLE = "float32"
 
@@ -88,13 +88,13 @@ def judge(model, splits, processor):
     asked = lists.of_captions | lists.of_images
     states = read_states(model, test.images, range(len(test.images)))
     chosen = np.linspace(0, len(first.images) - 1, IMAGES_TO_LEARN).round().astype(int)
-    learnt_from = read_states(model, first.images, chosen).flatten(0, 1)
+    learnt_from = read_states(model, first.images, chosen)
     width = states.shape[2]
     results, exact = {}, None
     for kind in (WHOLE, "int8", *(f"pq{width // share}" for share in SHARES)):
         stored, size = list(states), states[0].numel() * 4
         if kind != WHOLE:
-            stored, size = store(states, kind, learnt_from)
+            stored, size = store(model, states, kind, learnt_from)
         scores = np.zeros_like(lists.scores)
         scores[asked] = ranking.score_pairs(model, stored, test.caption_tokens, np.argwhere(asked), progress=False)
         exact = scores[asked] if exact is None else exact
@@ -111,10 +111,12 @@ def read_states(model, images, rows):
     return torch.cat([model.read_images(torch.stack([images[int(row)] for row in part])) for part in parts])
 
 
-def store(states, kind, learnt_from):
+def store(model, states, kind, learnt_from):
     """Features as they come back from bytes, and the bytes of one image."""
-    size = bytes_per_token(kind)
-    codebooks = Codebooks.learn(learnt_from, size) if size else None
+    size, codebooks = bytes_per_token(kind), None
+    if size:
+        states = model.read_keys_and_values(states)
+        codebooks = Codebooks.learn(model.read_keys_and_values(learnt_from).flatten(0, 1), size)
     contents = [encode_state(state, kind, codebooks) for state in states]
     return [decode_state(content, codebooks) for content in contents], len(contents[0])
 
@@ -133,10 +135,11 @@ def measure_speed(args):
     kinds = {}
     for kind in ("int8", "bf16", "pq96", "pq24"):
         size = bytes_per_token(kind)
+        features = model.read_keys_and_values(states) if size else states
         start = time.process_time()
-        codebooks = Codebooks.learn(states.flatten(0, 1), size) if size else None
+        codebooks = Codebooks.learn(features.flatten(0, 1), size) if size else None
         learnt = time.process_time()
-        contents = [encode_state(state, kind, codebooks) for state in states]
+        contents = [encode_state(state, kind, codebooks) for state in features]
         seconds = {"learn": learnt - start, "encode_image": (time.process_time() - learnt) / SHORTLIST}
         kinds[kind] = SimpleNamespace(contents=contents, codebooks=codebooks, seconds=seconds, best={})
     for _ in range(args.rounds):

@@ -2,8 +2,9 @@
 
 The features, from `IeftForImageTextRetrieval.read_images`, are T tokens of D numbers. As `bf16` each number takes two
 bytes; as `int8` one, with a float32 scale per token (its largest magnitude divided by 127). As `pq96`, or another
-number, a token takes that many bytes, by product quantisation (`ieft.search.product_quantization`), and the digest of
-the codebooks eight more. A header of ten bytes holds the format, T and D.
+number, a token takes that many bytes, by product quantisation (`ieft.search.product_quantization`), and an image eight
+more, the digest of the codebooks; features are then keys and values, 2D numbers from `read_keys_and_values`. A header
+of ten bytes holds the format, T, and D or 2D.
 """
 
 import re
@@ -38,7 +39,7 @@ def encode_state(state, kind="int8", codebooks=None):
     """Encode the features of one image.
 
     Args:
-        state: (T, D) finite numbers.
+        state: (T, D) finite numbers; (T, 2D) of keys and values.
         kind: "bf16" (relative error up to 0.4%), "int8" (error up to 0.4% of the token's largest magnitude), or such
             as "pq96" for 96 bytes per token.
         codebooks: for "pq96" and the like, the `Codebooks` of as many bytes, learnt from tokens of other images.
@@ -55,9 +56,7 @@ def encode_state(state, kind="int8", codebooks=None):
     state = state.detach().float().cpu()
     if size is not None:
         if codebooks is None or codebooks.bytes_per_vector != size or codebooks.width != state.shape[1]:
-            raise ValueError(
-                f"{kind} needs codebooks of {size} bytes for tokens of {state.shape[1]} numbers; got {codebooks}."
-            )
+            raise ValueError(f"{kind} needs codebooks of {size} bytes for {state.shape[1]} numbers; got {codebooks}.")
         return HEADER.pack(PRODUCT.encode(), *state.shape) + codebooks.digest + _bytes(codebooks.encode(state))
     header = HEADER.pack(kind.encode(), *state.shape)
     if kind == "bf16":
@@ -67,7 +66,7 @@ def encode_state(state, kind="int8", codebooks=None):
 
 
 def decode_state(content, codebooks=None):
-    """Decode the features of one image: (T, D) float32.
+    """Decode the features of one image: (T, D) float32, or (T, 2D) as they were encoded.
 
     Args:
         codebooks: those that the features were encoded with, if with any.

@@ -122,7 +122,7 @@ class ImageIndex:
             model: an `IeftForImageTextRetrieval`, with contrastive heads unless there is an `embedder`.
             states: with `create`, also store image features for re-ranking, as "bf16", "int8", or in so many bytes
                 per token as "pq96" (see `ieft.search.feature_cache`), so that re-ranking reads no file. For models
-                with `first_joint_layer` above 0.
+                with `first_joint_layer` above 0; "pq96" needs it to be the last block.
             storage_options: credentials and settings of object storage, as LanceDB takes them.
             root: the archive's folder, or its address in other storage. The index stores the first one given, and
                 paths relative to it: see `relocate`. A moved archive is recognised by its files.
@@ -149,7 +149,13 @@ class ImageIndex:
                 "them with the caption from block 0 on. Train one with run_retrieval.py --first_joint_layer."
             )
         if states and (size := bytes_per_token(states)):
-            check_size(model.config.hidden_size, size)  # raises an error before anything is created
+            if not model.config.joins_last:
+                raise ValueError(
+                    f"{states} keeps keys and values of the last block: a checkpoint with first_joint_layer "
+                    f"{model.config.num_hidden_layers - 1} expected; that of this one is "
+                    f"{model.config.first_joint_layer}. Keep its states as int8 or bf16."
+                )
+            check_size(2 * model.config.hidden_size, size)
         with _store_errors(uri):
             self._open(str(uri), create, states, storage_options, embedder, {"device": device, "dtype": dtype})
             self._check_checkpoint(uri)

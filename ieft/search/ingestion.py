@@ -97,8 +97,9 @@ def learn_codebooks(index, names, reader, *, tile, overlap, bands):
         )
     with index.network() as network:
         parts = np.array_split(np.stack(squares), -(-len(squares) // ROWS_AT_ONCE))
-        states = torch.cat([network.read_images(index.to_pixels(part)).float().cpu() for part in parts])
-    index.keep_codebooks(Codebooks.learn(states.flatten(0, 1), bytes_per_token(index.states)))
+        read = [network.read_keys_and_values(network.read_images(index.to_pixels(part))) for part in parts]
+    vectors = torch.cat([part.float().cpu().flatten(0, 1) for part in read])
+    index.keep_codebooks(Codebooks.learn(vectors, bytes_per_token(index.states)))
 
 
 def _spread(items, count):
@@ -435,7 +436,8 @@ def embed(index, network, squares):
         return [{"vector": vector} for vector in unit_vectors(network.get_image_features(pixels))]
     states = network.read_images(pixels)
     vectors = unit_vectors(network.get_image_features(image_states=states))
-    encoded = [encode_state(state, index.states, index.codebooks) for state in states]
+    features = network.read_keys_and_values(states) if index.codebooks else states
+    encoded = [encode_state(each, index.states, index.codebooks) for each in features]
     return [{"vector": vector, "state": state} for vector, state in zip(vectors, encoded, strict=True)]
 
 
