@@ -106,11 +106,11 @@ def test_components_are_dealt_out_in_turn():
 def test_more_bytes_lose_less():
     vectors = draw_vectors(2000)
     lost = []
-    for size in (1, 2, 6):
+    for size in (1, 2, 4):
         learnt = Codebooks.learn(vectors[:1000], size)
         back = learnt.decode(learnt.encode(vectors[1000:]))
         lost.append(float((back - vectors[1000:]).square().mean() / vectors.var()))
-    assert 0.3 > lost[0] > 2 * lost[1] > 3 * lost[2] > 0
+    assert 0.3 > lost[0] > 2 * lost[1] > 4 * lost[2] > 0
 
 
 def test_the_same_vectors_give_the_same_codebooks_with_any_number_of_threads(codebooks):

@@ -1,9 +1,11 @@
 """Tests of the feature cache: image features as bytes and back."""
 
+import numpy as np
 import pytest
 import torch
 from test_late_join import make_inputs, make_model
 
+from ieft.evaluation import ranking
 from ieft.evaluation.ranking import score_matrix
 from ieft.search.feature_cache import decode_state, encode_state
 
@@ -37,6 +39,23 @@ def test_scores_from_bytes_are_nearly_those_from_pixels(kind):
     exact = score_matrix(model, images, captions, progress=False)
     stored = score_matrix(model, states, captions, progress=False)
     assert 0 < abs(stored - exact).max() < 0.05 * exact.std()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_scores_from_keys_and_values_are_those_from_states(dtype, monkeypatch):
+    monkeypatch.setattr(ranking, "supported_dtype", lambda model, dtype: dtype)  # also where it takes longer
+    model, images = make_model(3), make_inputs()["pixel_values"]
+    states = model.read_images(images)
+    features = model.read_keys_and_values(states)
+    assert features.shape == (*states.shape[:2], 2 * states.shape[2])
+    captions = [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    expected, scores = (
+        score_matrix(model, list(some), captions, dtype=dtype, progress=False) for some in (states, features)
+    )
+    np.testing.assert_allclose(scores, expected, atol=1e-5 if dtype is None else 0.05 * expected.std())
+    with pytest.raises(ValueError, match=r"\(first_joint_layer 3\); that of this one is 2"):
+        make_model(2).read_keys_and_values(states)
 
 
 @pytest.mark.parametrize(
