@@ -376,6 +376,10 @@ class Prepared(NamedTuple):
         """The same for some rows: an index tensor of any shape, a list or a slice."""
         return Prepared(*(None if x is None else x[rows] for x in self))
 
+    def cut(self, length: int) -> "Prepared":
+        """The same for the first tokens alone."""
+        return Prepared(*(None if x is None else x[:, :length] for x in self))
+
 
 def pair_attentions(text: Tensor, image: Tensor, pair_images: Tensor | None, pair_captions: Tensor | None) -> Tensor:
     """Attentions within captions (C, H, L, L) and within images (I, H, 1+P, 1+P), as those of pairs (B, H, S, S)."""

@@ -33,6 +33,7 @@ AUTO_CLASSES = {
     "AutoModelForSequenceClassification": "modeling_ieft.IeftForImageTextRetrieval",
 }
 PIPELINE = {"impl": "pipeline_ieft.ImageTextRetrievalPipeline", "pt": ["AutoModelForSequenceClassification"]}
+LENGTHS_AT_MOST = 8  # parts that pairs are cut into by the lengths of their captions
 MAX_LOGIT_SCALE = math.log(100.0)  # as CLIP: similarities are never scaled by more than 100
 
 
@@ -289,8 +290,10 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
 
         Args:
             pair_captions: also (G, M) rows of captions to read with each of G images, those of `pair_images` or all,
-                or (1, M) for the same captions with each: G*M pairs, image by image. Where the last block alone reads
-                captions and images together, image tokens are then read once for each group and not copied.
+                or (1, M) for the same captions with each: G*M pairs, image by image. What does not depend on the
+                other side is then computed once for each image and caption, dropout included, up to the projections of
+                the fusion layer, and little padding is read. Where the last block alone reads captions and images
+                together, image tokens are read once for each group and not copied.
             labels: (B,) or (B, 1) targets, one for each pair. By default they lie between 0 (no match) and 1 (match),
                 and the loss is the binary cross-entropy of the logits, as in sentence-transformers' cross-encoders.
                 With `config.problem_type="regression"` they are any numbers and the loss is the mean squared error.
@@ -313,13 +316,8 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
                 f"One row of captions for each image expected, or one for all; got pair_captions of shape "
                 f"{tuple(pair_captions.shape)} for {num_groups} images."
             )
-        if in_groups and self._can_score_groups and not keep_all and pixel_mask is None and not kwargs:
-            outputs = IeftModelOutput(image_states=self._image_states(image_embeds=image_embeds))
-            outputs.text_states = self._text_states(*captions)
-            prepared = self.prepare_captions(attention_mask=attention_mask, text_states=outputs.text_states)
-            images = self.prepare_images(image_states=outputs.image_states)
-            images = images if pair_images is None else images.take(pair_images)
-            logits = self.score_groups(prepared.take(pair_captions), images).reshape(-1, 1)  # (G*M, 1)
+        if in_groups and self._can_share_sides and not keep_all and pixel_mask is None and not kwargs:
+            logits, outputs = self._score_in_groups(captions, image_embeds, pair_images, pair_captions)
         else:
             if in_groups:
                 pair_images, pair_captions = pair_groups(pair_images, pair_captions, len(image_embeds))
@@ -430,9 +428,50 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
             )
 
     @property
-    def _can_score_groups(self):
-        """Whether `score_groups` computes what the blocks would: it has no dropout of attention probabilities."""
-        return self.config.joins_last and not (self.training and self.config.attention_probs_dropout_prob)
+    def _can_share_sides(self):
+        """Whether groups are scored from both sides computed once: not where `score_groups` would leave attention
+        dropout out, nor where activations, of which projections are some, are to be computed again."""
+        if self.config.joins_last:
+            return not (self.training and self.config.attention_probs_dropout_prob)
+        return not (self.training and self.vilt.encoder.layer[-1].gradient_checkpointing)
+
+    def _score_in_groups(self, captions, image_embeds, pair_images, pair_captions):
+        """Images with groups of captions, `captions` as `_text_states` takes them: logits (G*M, 1), the states."""
+        text_states, attention_mask = self._text_states(*captions), captions[1]
+        image_states = self._image_states(image_embeds=image_embeds)
+        prepared = self.prepare_captions(attention_mask=attention_mask, text_states=text_states)
+        images = self.prepare_images(image_states=image_states)
+        if self.config.joins_last:
+            images = images if pair_images is None else images.take(pair_images)
+            scores = self.score_groups(prepared.take(pair_captions), images)  # (G, M)
+        else:
+            scores = self._score_by_length(
+                prepared, images, *pair_groups(pair_images, pair_captions, len(image_embeds))
+            )
+        join = self.config.first_joint_layer
+        outputs = IeftModelOutput(
+            text_states=text_states if join else None, image_states=image_states if join else None
+        )
+        return scores.reshape(-1, 1), outputs
+
+    def _score_by_length(self, captions, images, pair_images, pair_captions):
+        """Scores (B,) of pairs given by rows, those with captions of similar length together and cut to the longest:
+        padding takes as long as words."""
+        if captions.attention_mask is None:
+            return self.score_prepared(captions.take(pair_captions), images.take(pair_images))
+        mask = captions.attention_mask.cpu()[pair_captions.cpu()] != 0  # (B, L)
+        lengths = (mask * torch.arange(1, mask.shape[1] + 1)).amax(dim=1).clamp(min=1)  # (B,)
+        ends = lengths.sort().values[torch.linspace(0, len(lengths) - 1, LENGTHS_AT_MOST + 1)[1:].long()].unique()
+        part_of = torch.bucketize(lengths, ends)
+        parts, scores = [], []
+        for part, longest in enumerate(ends.tolist()):
+            parts.append(torch.nonzero(part_of == part)[:, 0])
+            rows = parts[-1].to(pair_captions.device)
+            some = captions.cut(longest).take(pair_captions[rows])
+            if mask[parts[-1], :longest].all():
+                some = some._replace(attention_mask=None)
+            scores.append(self.score_prepared(some, images.take(pair_images[rows])))
+        return torch.cat(scores)[torch.cat(parts).argsort().to(pair_captions.device)]
 
     def read_images(self, pixel_values: Tensor | None) -> Tensor:
         """(I, 3, image_size, image_size) -> the states (I, 1+P, D) that enter the first joint block.

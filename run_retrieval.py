@@ -146,7 +146,7 @@ DECIDES_TRAINING = (
     "contrastive_weight", "selection_cost", "ranking_start", "mining_start", "batches", "groups_per_step",
     "distillation_weight", "seed", "learning_rate", "train_batch_size", "num_train_epochs", "max_steps",
     "warmup_steps", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-    "optim", "bf16", "fp16",
+    "optim", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval",
 )  # fmt: skip
 # Options that affect the result of an evaluation, which may only replace results with the same options.
 DECIDES_EVALUATION = (

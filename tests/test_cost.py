@@ -31,7 +31,7 @@ LOSSES = {"published": {}, "contrastive": CONTRASTIVE, "late fusion": CONTRASTIV
 
 @pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
 def test_a_forward_pass_on_fake_tensors_is_that_on_real_ones(tmp_path, options):
-    """Kept bytes, and operations, those of attention from its written-out form."""
+    """Kept bytes, and operations, those of attention from its written-out form, where all captions are the longest."""
     trainer = make_trainer(tmp_path, train_batch_size=8, max_steps=100, **options)
     tokens = trainer.train_dataset.caption_tokens
     longest = max(range(len(tokens)), key=lambda row: len(tokens[row]))
@@ -46,6 +46,7 @@ def test_a_forward_pass_on_fake_tensors_is_that_on_real_ones(tmp_path, options):
                 "attention_mask": batch["attention_mask"][rows],
                 "pair_images": torch.arange(8), "pair_captions": torch.arange(len(rows)).view(8, -1)}  # fmt: skip
         names = ("logits",)
+    call = call | {"attention_mask": torch.ones_like(call["attention_mask"])}
     kept, model = {}, trainer.model.train()
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
 

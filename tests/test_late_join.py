@@ -120,6 +120,62 @@ def test_groups_of_captions_equal_their_pairs(join, captions, images):
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["", "reentrant", "checkpointed"])
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.3])
+@pytest.mark.parametrize("join", JOINS)
+def test_groups_of_one_draw_the_dropout_of_their_pairs(join, attention_dropout, checkpointing):
+    model = make_model(join, hidden_dropout_prob=0.3, attention_probs_dropout_prob=attention_dropout).train()
+    inputs = make_inputs() | {"attention_mask": None}
+    results = []
+    for captions in (torch.tensor([2, 0, 1]), torch.tensor([[2], [0], [1]])):
+        torch.manual_seed(3)
+        model.zero_grad()
+        logits = model(**inputs, pair_captions=captions).logits
+        (logits.flatten() @ torch.arange(1, 4.0)).backward()
+        gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+        results.append((logits, gradients))
+        if checkpointing is not None:
+            model.activation_checkpointing_enable({"use_reentrant": checkpointing})
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
+def masks_of_all_kinds():
+    """Captions of 7 tokens: whole, of each length, padded before, with a hole, and of nothing."""
+    masks = [[1] * count + [0] * (7 - count) for count in (7, 3, 5, 1, 2, 7, 4, 6, 3)]
+    return torch.tensor([*masks, [0, 0, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 0, 0], [0] * 7])
+
+
+@pytest.mark.parametrize("join", JOINS[:-1])
+def test_pairs_by_length_of_captions_equal_those_given_one_by_one(join):
+    model, mask = make_model(join), masks_of_all_kinds()
+    inputs = make_inputs(len(mask)) | {"attention_mask": mask}
+    captions = torch.randint(len(mask), (5, 6), generator=torch.Generator().manual_seed(2))
+    images = torch.tensor([3, 3, 0, 1, 2])
+    results = []
+    for pairs in ((images, captions), (images.repeat_interleave(6), captions.flatten())):
+        model.zero_grad()
+        logits = model(**inputs, pair_images=pairs[0], pair_captions=pairs[1]).logits
+        (logits.flatten() @ torch.arange(30.0)).backward()
+        results.append((logits, {name: x.grad for name, x in model.named_parameters() if x.grad is not None}))
+    torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("join", JOINS)
+def test_groups_compute_each_side_once_and_leave_padding_out(join):
+    """Rows of the fusion layer's keys: those of both sides; of the block after it: those of pairs without padding."""
+    model, lengths = make_model(join), torch.tensor([7, 2, 3])
+    inputs = make_inputs() | {"attention_mask": (torch.arange(7) < lengths[:, None]).long()}
+    rows = [[] for _ in JOINS]
+    for block, layer in enumerate(model.vilt.encoder.layer):
+        layer.attention.attention.key.register_forward_hook(
+            lambda _, given, __, block=block: rows[block].append(given[0].shape[:-1].numel())
+        )
+    model(**inputs, pair_captions=torch.arange(3)[None])
+    assert sum(rows[join]) == 3 * 7 + 3 * 17
+    for block in JOINS[join + 1 :]:
+        assert sum(rows[block]) == 3 * int(lengths.sum()) + 9 * 17
+
+
 @pytest.mark.parametrize("join", JOINS)
 def test_a_mask_that_would_be_broadcast_is_refused(join):
     inputs = make_inputs() | {"attention_mask": torch.ones(1, 7, dtype=torch.long)}

@@ -7,12 +7,14 @@ import re
 import resource
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from small_training import CONTRASTIVE, final_weights, losses, make_trainer, run, run_ranks
 
 from ieft.training.distributed import process_count, process_rank
+from ieft.training.trainer import IeftTrainer
 
 BATCH = 64
 # Loss settings, and progress of training: before the ranking loss, with random groups, with mined groups.
@@ -53,7 +55,13 @@ def gradients_of_one_batch(folder, micro_batches):
             loss = trainer.training_step(model, dict(batch))
             gradients = {each: weight.grad.clone() for each, weight in trainer.model.named_parameters()}
             found[name, micro_batch] = gradients | {"loss": loss}
-        if process_count() == 1:  # one big batch, one forward and one backward pass
+        if process_count() == 1:
+            with patch.object(IeftTrainer, "_is_sharded", True):  # pairs one by one, put together token by token
+                model.zero_grad()
+                loss = trainer.training_step(model, dict(batch))
+            gradients = {each: weight.grad.clone() for each, weight in trainer.model.named_parameters()}
+            found[name, "pairs"] = gradients | {"loss": loss}
+            # One big batch, one forward and one backward pass.
             model.zero_grad()
             loss = trainer.compute_loss(model, batch)
             loss.backward()
@@ -76,7 +84,9 @@ def of_worlds(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("world, micro_batch", [(1, 64), (1, 32), (1, 8), (1, 5), (2, 32), (2, 8), (2, 5)])
+@pytest.mark.parametrize(
+    "world, micro_batch", [(1, "pairs"), (1, 64), (1, 32), (1, 8), (1, 5), (2, 32), (2, 8), (2, 5)]
+)
 def test_loss_and_gradients_are_those_of_one_big_batch(of_worlds, world, micro_batch, case):
     expected = of_worlds[1][0][case, "at once"]
     found = [of_process[case, micro_batch] for of_process in of_worlds[world]]

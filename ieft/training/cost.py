@@ -86,7 +86,7 @@ def measure_batch(model, args, caption_length):
         ids = empty(num_captions, caption_length, dtype=torch.long)
         model(
             pixel_values=empty(num_images, config.num_channels, config.image_size, config.image_size),
-            input_ids=ids, attention_mask=ids, pair_images=empty(num_rows, dtype=torch.long),
+            input_ids=ids, pair_images=empty(num_rows, dtype=torch.long),
             pair_captions=empty(1 if num_groups == 1 else num_rows, size, dtype=torch.long),
             output_features=args.contrastive_weight > 0,
         )  # fmt: skip

@@ -637,8 +637,9 @@ class IeftTrainer(Trainer):
 
     def ranking_options(self):
         """Options of `ieft.evaluation.ranking` that follow from the training arguments."""
+        in_eval = torch.bfloat16 if self.args.bf16_full_eval else torch.float16 if self.args.fp16_full_eval else None
         return {
-            "dtype": autocast_type(self.args),
+            "dtype": in_eval or autocast_type(self.args),
             "progress": not self.args.disable_tqdm,
             "num_workers": self.args.dataloader_num_workers,
         }
