@@ -33,7 +33,9 @@ AUTO_CLASSES = {
     "AutoModelForSequenceClassification": "modeling_ieft.IeftForImageTextRetrieval",
 }
 PIPELINE = {"impl": "pipeline_ieft.ImageTextRetrievalPipeline", "pt": ["AutoModelForSequenceClassification"]}
-LENGTHS_AT_MOST = 8  # parts that pairs are cut into by the lengths of their captions
+# Parts that pairs are cut into by the lengths of their captions: at most so many, and of at least so many numbers in
+# the hidden states of their pairs, since small ones take as long as large ones.
+PARTS_AT_MOST, NUMBERS_AT_LEAST = 8, 2**19
 MAX_LOGIT_SCALE = math.log(100.0)  # as CLIP: similarities are never scaled by more than 100
 
 
@@ -457,11 +459,13 @@ class IeftForImageTextRetrieval(RankingMixin, IeftPreTrainedModel):
     def _score_by_length(self, captions, images, pair_images, pair_captions):
         """Scores (B,) of pairs given by rows, those with captions of similar length together and cut to the longest:
         padding takes as long as words."""
-        if captions.attention_mask is None:
+        num_tokens = captions.hidden.shape[1] + images.hidden.shape[1]
+        count = min(PARTS_AT_MOST, len(pair_images) * num_tokens * self.config.hidden_size // NUMBERS_AT_LEAST)
+        if captions.attention_mask is None or count < 2:
             return self.score_prepared(captions.take(pair_captions), images.take(pair_images))
         mask = captions.attention_mask.cpu()[pair_captions.cpu()] != 0  # (B, L)
         lengths = (mask * torch.arange(1, mask.shape[1] + 1)).amax(dim=1).clamp(min=1)  # (B,)
-        ends = lengths.sort().values[torch.linspace(0, len(lengths) - 1, LENGTHS_AT_MOST + 1)[1:].long()].unique()
+        ends = lengths.sort().values[torch.linspace(0, len(lengths) - 1, count + 1)[1:].long()].unique()
         part_of = torch.bucketize(lengths, ends)
         parts, scores = [], []
         for part, longest in enumerate(ends.tolist()):

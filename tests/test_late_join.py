@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_ranking import make_sides, one_thread, slow_matrix  # noqa: F401
 
+import modeling_ieft
 from configuration_ieft import IeftConfig
 from ieft.evaluation import ranking
 from ieft.evaluation.ranking import score_matrix, score_pairs
@@ -146,7 +147,8 @@ def masks_of_all_kinds():
 
 
 @pytest.mark.parametrize("join", JOINS[:-1])
-def test_pairs_by_length_of_captions_equal_those_given_one_by_one(join):
+def test_pairs_by_length_of_captions_equal_those_given_one_by_one(join, monkeypatch):
+    monkeypatch.setattr(modeling_ieft, "NUMBERS_AT_LEAST", 1)
     model, mask = make_model(join), masks_of_all_kinds()
     inputs = make_inputs(len(mask)) | {"attention_mask": mask}
     captions = torch.randint(len(mask), (5, 6), generator=torch.Generator().manual_seed(2))
@@ -161,8 +163,9 @@ def test_pairs_by_length_of_captions_equal_those_given_one_by_one(join):
 
 
 @pytest.mark.parametrize("join", JOINS)
-def test_groups_compute_each_side_once_and_leave_padding_out(join):
+def test_groups_compute_each_side_once_and_leave_padding_out(join, monkeypatch):
     """Rows of the fusion layer's keys: those of both sides; of the block after it: those of pairs without padding."""
+    monkeypatch.setattr(modeling_ieft, "NUMBERS_AT_LEAST", 1)
     model, lengths = make_model(join), torch.tensor([7, 2, 3])
     inputs = make_inputs() | {"attention_mask": (torch.arange(7) < lengths[:, None]).long()}
     rows = [[] for _ in JOINS]

@@ -174,7 +174,7 @@ def test_evaluation_ranks_the_whole_matrix(split, processor, tmp_path):
 
 
 def test_evaluation_in_bfloat16_while_training_in_float32(split, processor, tmp_path, monkeypatch):
-    """By the prepacked copy, also in the middle of training; recalls differ by one of 20 captions or two."""
+    """By the prepacked copy, also in the middle of training: scores of about 0.5 within 0.01."""
     monkeypatch.setattr(ranking, "multiplies_bfloat16", lambda: True)  # imitated, if need be
     monkeypatch.setattr(prepacked, "multiplies_bfloat16", lambda: True)
     trainer, exact = (
@@ -183,11 +183,10 @@ def test_evaluation_in_bfloat16_while_training_in_float32(split, processor, tmp_
     )
     trainer.train()
     exact.model.load_state_dict(trainer.model.train().state_dict())
-    assert trainer.model.dtype == torch.float32 and trainer.ranking_options()["dtype"] == torch.bfloat16
     scores, expected = trainer.score(trainer.eval_dataset), exact.score(trainer.eval_dataset)
-    assert not np.array_equal(scores, expected) and np.corrcoef(scores.ravel(), expected.ravel())[0, 1] > 0.99
-    assert trainer.evaluate()["eval_mean_recall"] == pytest.approx(exact.evaluate()["eval_mean_recall"], abs=5)
-    assert trainer.model.training
+    assert not np.array_equal(scores, expected) and np.abs(scores - expected).max() < 0.01
+    assert trainer.evaluate()["eval_mean_recall"] == trainer.recalls(trainer.eval_dataset, scores)["mean_recall"]
+    assert trainer.model.training and trainer.model.dtype == torch.float32
 
 
 @pytest.mark.parametrize("contrastive", [False, True])
