@@ -2,10 +2,12 @@
 
     PYTHONPATH=. python benchmarks/bench_feature_bytes.py recall --data twins --steps 2700
     PYTHONPATH=. python benchmarks/bench_feature_bytes.py recall --data DIR --steps 1500
+    PYTHONPATH=. python benchmarks/bench_feature_bytes.py recall --data DIR --checkpoint checkpoints/small
     PYTHONPATH=. python benchmarks/bench_feature_bytes.py speed
     PYTHONPATH=. python benchmarks/bench_feature_bytes.py table --plot docs/feature_bytes.png
 
-`recall` trains small networks with fusion at the last block as `bench_late_join.py` does, and keeps them in a folder.
+`recall` trains small networks with fusion at the last block as `bench_late_join.py` does, and keeps them in a folder;
+or it takes a checkpoint.
 Two-stage retrieval in both directions re-ranks the 32 nearest by embedding, for all captions and images of the test
 split. The codebooks of product quantisation are learnt from 256 training images, as `ieft-search index` learns them
 from the first images. Sizes are named by the bytes of a token for each number of it.
@@ -33,6 +35,7 @@ from ieft.search.product_quantization import Codebooks
 from ieft.training.items import EvaluationSet
 from modeling_ieft import IeftForImageTextRetrieval
 from prepare_datasets import load_retrieval_dataset
+from processing_ieft import IeftProcessor
 
 LAST_BLOCK = 5
 SHARES = (4, 8, 16, 32, 64)  # numbers of a token for each byte
@@ -50,6 +53,7 @@ def main():
     recall.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     recall.add_argument("--steps", type=int, default=2700)
     recall.add_argument("--batch", type=int, default=32)
+    recall.add_argument("--checkpoint", help="a checkpoint with fusion at the last block, instead of training")
     recall.add_argument("--models", type=Path, default=Path("feature_bytes_models"), help="folder for the networks")
     speed = commands.add_parser("speed", help="pairs a second from stored features, full size")
     speed.set_defaults(command=measure_speed)
@@ -68,6 +72,11 @@ def measure_recalls(args):
     """Measure each seed that is not yet in the file."""
     name = Path(args.data).name
     splits = load_retrieval_dataset(args.data)
+    if args.checkpoint:
+        model = IeftForImageTextRetrieval.from_pretrained(args.checkpoint).eval()
+        result = {"part": "recall", "data": f"{name}, {args.checkpoint}", "steps": 0, "seed": 0}
+        add_result(args.results, result | judge(model, splits, IeftProcessor.from_pretrained(args.checkpoint)))
+        return
     processor = make_processor(splits)
     known = [[result.get(field) for field in ("data", "steps", "seed")] for result in read_results(args.results)]
     for seed in args.seeds:
@@ -168,7 +177,8 @@ def make_table(args):
         if result["part"] == "recall":
             groups.setdefault((result["data"], result["steps"], result["width"]), []).append(result["kinds"])
     for (data, steps, width), seeds in groups.items():
-        print(f"\n{data}: {steps} steps, tokens of {width} numbers, {len(seeds)} seeds\n")
+        trained = f": {steps} steps, {len(seeds)} seeds" if steps else ""
+        print(f"\n{data}{trained}, tokens of {width} numbers\n")
         print("| features | bytes an image | of int8 | two-stage mean recall | lost | correlation of scores |")
         print("| --- | --- | --- | --- | --- | --- |")
         for kind, each in seeds[0].items():
@@ -198,27 +208,29 @@ def summary(values, digits=1):
 
 
 def draw(groups, path):
-    """Plot lost recall over the bytes of an image, as a part of those of int8."""
+    """Plot lost recall over the size of features."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, panel = pyplot.subplots(figsize=(6, 4))
-    for number, ((data, steps, _), seeds) in enumerate(groups.items()):
+    for number, ((data, steps, width), seeds) in enumerate(groups.items()):
         kinds = [kind for kind in seeds[0] if bytes_per(kind)]
-        shares = [seeds[0]["int8"]["bytes"] / seeds[0][kind]["bytes"] for kind in kinds]
+        shares = [width / bytes_per(kind) for kind in kinds]
         lost = [series(seeds, kind)[1] for kind in kinds]
-        panel.plot(shares, np.mean(lost, axis=1), "o-", color=f"C{number}", label=f"{data}, {steps} steps")
+        panel.plot(
+            shares, np.mean(lost, axis=1), "o-", color=f"C{number}", label=f"{data}, {steps} steps" if steps else data
+        )
         for row in np.transpose(lost):
             panel.plot(shares, row, ".", color=f"C{number}", alpha=0.5)
-    for size, share in ((16, 7), (4, 28)):
+    for kind, share in (("pq96: 14 kB", 8), ("pq24: 3.5 kB", 32)):
         panel.axvline(share, color="grey", ls=":")
-        panel.annotate(f"{size} kB at full size", (share, 0.98), xycoords=("data", "axes fraction"), rotation=90,
+        panel.annotate(f"{kind} at full size", (share, 0.98), xycoords=("data", "axes fraction"), rotation=90,
                        va="top", ha="right", fontsize=8)  # fmt: skip
     panel.axhline(0, color="grey", lw=0.5)
-    panel.set(xscale="log", xlabel="times smaller than int8", ylabel="two-stage mean recall lost, points")
-    panel.set_xticks([4, 8, 16, 32], ["4", "8", "16", "32"])
+    panel.set(xscale="log", xlabel="numbers of a token for each byte", ylabel="two-stage mean recall lost, points")
+    panel.set_xticks(SHARES, map(str, SHARES))
     panel.invert_yaxis()
     panel.legend(loc="lower left")
     figure.tight_layout()
