@@ -226,14 +226,14 @@ def draw(groups, path):
             panel.plot(shares, row, ".", color=f"C{number}", alpha=0.5)
     for kind, share in (("pq96: 14 kB", 8), ("pq24: 3.5 kB", 32)):
         panel.axvline(share, color="grey", ls=":")
-        panel.annotate(f"{kind} at full size", (share, 0.6), xycoords=("data", "axes fraction"), rotation=90, 
+        panel.annotate(f"{kind} at full size", (share, 0.6), xycoords=("data", "axes fraction"), rotation=90,
                        va="top", ha="right", fontsize=8)  # fmt: skip
     panel.axhline(0, color="grey", lw=0.5)
     panel.set(xscale="log", xlabel="numbers of a token for each byte", ylabel="two-stage mean recall lost, points")
     panel.set_xticks(SHARES, map(str, SHARES))
     panel.minorticks_off()
     panel.invert_yaxis()
-    panel.legend(loc="lower left")
+    panel.legend(loc="lower center")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
