@@ -272,7 +272,8 @@ class IeftTrainer(Trainer):
         if self.args.contrastive_weight:
             batch = self._group(inputs)
             calls = batch.calls(len(batch.pixel_values))
-            loss = self._grouped_loss(batch, call_model(model, *calls[0]), self._teacher_logits(calls))
+            outputs = call_model(model, *calls[0], in_groups=not self._is_sharded)
+            loss = self._grouped_loss(batch, outputs, self._teacher_logits(calls))
         else:
             loss = sum(self._candidate_losses(model, inputs, len(inputs["candidates"])))
         return (loss, {}) if return_outputs else loss
