@@ -140,7 +140,9 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do(size):
         Codebooks.learn(draw_vectors(), size)
 
 
-def test_too_few_vectors_are_refused():
+def test_too_few_vectors_and_numbers_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="Finite numbers expected"):
+        Codebooks.learn(draw_vectors() / 0, SIZE)
     with pytest.raises(ValueError, match="At least 256 vectors expected .* got 255"):
         Codebooks.learn(draw_vectors(255), SIZE)
 

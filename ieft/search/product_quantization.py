@@ -47,11 +47,13 @@ class Codebooks:
             bytes_per_vector: M, from 1 to W/8.
 
         Raises:
-            ValueError: for another size, and fewer vectors than centroids.
+            ValueError: for another size, fewer vectors than centroids, and numbers that are not finite.
         """
         check_size(vectors.shape[1], bytes_per_vector)
         if len(vectors) < CENTROIDS:
             raise ValueError(f"At least {CENTROIDS} vectors expected to learn as many centroids; got {len(vectors)}.")
+        if not torch.isfinite(vectors).all():
+            raise ValueError("Finite numbers expected to learn codebooks from; some are not.")
         drawn = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:MOST_VECTORS]
         vectors = vectors[drawn].double().cpu()
         mean, components = vectors.mean(dim=0), _principal_components(vectors, bytes_per_vector)
