@@ -1,6 +1,6 @@
-"""Measures training and ranking of the full-size network on one accelerator; one JSON line a measurement.
+"""Measures training of the full-size network on one accelerator; one JSON line a measurement.
 
-    python benchmarks/gpu_training.py                 # all, under 8 minutes on an H100
+    python benchmarks/gpu_training.py                 # all, about 3 minutes of an H200
     python benchmarks/gpu_training.py --tiny          # a small network on any device, to try the script
 
 Weights, pixels and captions are random; captions have the lengths of RSICD's. Needs neither data sets nor the packages
@@ -11,8 +11,6 @@ that read them.
   contrastive loss: images a second, peak memory beside the estimate, micro-batch, and share of the measured peak.
 - `memory_error`: a step in float32, then the same step where memory is limited to a part of what its micro-batch
   needs: the halved micro-batch, and the difference of loss and gradients.
-- `ranking`: a test split of UCM's size, by the ranking engine and by the published loop (of which a part of the images
-  is timed), in float32 and bfloat16.
 """
 
 import argparse
@@ -25,14 +23,12 @@ import numpy as np
 import torch
 import transformers
 from accelerate.utils.memory import clear_device_cache
-from bench_ranking import PUBLISHED_BATCH, loop
-from published import as_published, draw_captions, pad
+from published import draw_captions, pad
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from configuration_ieft import IeftConfig
-from ieft.evaluation.ranking import score_matrix
-from ieft.training.cost import PASSES, measure_ranking
+from ieft.training.cost import PASSES
 from ieft.training.trainer import IeftTrainer, IeftTrainingArguments
 from modeling_ieft import IeftForImageTextRetrieval
 
@@ -42,7 +38,7 @@ TINY = {
     "image_size": 96, "patch_size": 24, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
     "intermediate_size": 128, "enhancement_layers": [0, 1, 2], "enhancement_mlp_ratio": 2, "vocab_size": 2000,
 }  # fmt: skip
-MEASUREMENTS = ("peak", "training", "memory_error", "ranking")
+MEASUREMENTS = ("peak", "training", "memory_error")
 LOSSES = {"published": 0.0, "contrastive": 1.0}  # -> contrastive_weight
 
 
@@ -52,9 +48,6 @@ def main():
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=4, help="measured, after one to warm up")
-    parser.add_argument("--images", type=int, default=210)
-    parser.add_argument("--captions", type=int, default=1005)
-    parser.add_argument("--published_images", type=int, default=10, help="images that the published loop ranks")
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,8 +62,6 @@ def main():
         for name in LOSSES:
             provoke_memory_error(args, name, device)
             clear_device_cache(garbage_collection=True)
-    if "ranking" in args.only:
-        measure_ranking_speed(args, device, peaks)
 
 
 def report(benchmark, **measured):
@@ -238,48 +229,6 @@ def provoke_memory_error(args, loss, device):
             value_after=after, difference=abs(after - before), seconds_with_errors=seconds,
             largest_gradient=expected.abs().max().item(),
             largest_difference_of_gradients=(gradients - expected).abs().max().item(),
-        )  # fmt: skip
-
-
-# Ranking -------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def measure_ranking_speed(args, device, peaks):
-    """Pairs a second of the ranking engine and of the published loop."""
-    torch.manual_seed(0)
-    config = IeftConfig(**(TINY if args.tiny else {}))
-    model = IeftForImageTextRetrieval(config).eval().to(device)
-    images = torch.rand(args.images, 3, config.image_size, config.image_size) * 2 - 1
-    captions = draw_captions(args.captions, config.vocab_size)
-    distinct = len({tuple(caption) for caption in captions})
-    length = round(sum(map(len, captions)) / len(captions))
-    operations = measure_ranking(model, length).of(args.images, distinct)
-    published = as_published(model)
-    some = images[: args.published_images]
-    exact = None
-    for dtype in (torch.float32, torch.bfloat16):
-        half = dtype == torch.bfloat16
-        score_matrix(model, images[:2], captions[:64], dtype=dtype if half else None, progress=False)  # warm-up
-        wait(device)
-        start = time.perf_counter()
-        scores = score_matrix(model, images, captions, dtype=dtype if half else None, progress=False)
-        seconds = time.perf_counter() - start
-        with torch.autocast(device, dtype=dtype, enabled=half):
-            loop(published, some[:1], captions[:64], batch=PUBLISHED_BATCH)
-            wait(device)
-            start = time.perf_counter()
-            expected = loop(published, some, captions, batch=PUBLISHED_BATCH).numpy()
-            seconds_published = time.perf_counter() - start
-        exact = scores if exact is None else exact
-        ours, theirs = scores.size / seconds, expected.size / seconds_published
-        report(
-            "ranking", dtype=str(dtype)[6:], images=args.images, captions=args.captions, distinct_captions=distinct,
-            seconds=seconds, pairs_a_second=ours, published_pairs=expected.size, published_seconds=seconds_published,
-            published_pairs_a_second=theirs, speedup=ours / theirs, share_of_peak=operations / seconds / peaks[dtype],
-            largest_difference=float(np.abs(scores[: len(some)] - expected).max()),
-            largest_difference_from_float32=float(np.abs(scores - exact).max()),
-            spread_of_scores=float(exact.std()),
         )  # fmt: skip
 
 
