@@ -36,9 +36,10 @@ def nodes(monkeypatch):
     here = Path(__file__).parent
     monkeypatch.setenv("PYTHONPATH", f"{here.parent}{os.pathsep}{here}")  # of their workers
     soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 4, "health_check_initial_delay_ms": 0}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": soon})
+    fewer = {"include_dashboard": False, "include_log_monitor": False}  # processes
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": soon} | fewer)
     for _ in range(2):
-        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=1, include_log_monitor=False)
     clusters.connect(cluster.address)
     yield cluster
     ray.shutdown()

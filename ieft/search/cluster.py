@@ -146,7 +146,7 @@ def _resources():
     processors = there.get("CPU", 1)
     share = min(1, processors / 4)  # of a small cluster, so that no stage waits for ever for another's processor
     gpus = int(there.get("GPU", 0))
-    most = gpus or max(1, int(processors / share) - 1)
+    most = gpus or max(1, min(int(processors), int(processors / share) - 1))
     of_actors = {"num_gpus": 1} if gpus else {"num_cpus": share}
     writers = ray.data.TaskPoolStrategy(size=max(1, int(processors) // 8))
     return (

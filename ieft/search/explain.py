@@ -18,13 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from PIL import Image, ImageOps
 
 from processing_ieft import to_rgb
 from ranking_ieft import evaluation_mode
 
-COLOURS = colormaps["inferno"]
 OPACITY = 0.8  # of the hottest patch
 
 
@@ -129,12 +127,14 @@ def draw_heat_map(image, heat, *, fit="crop"):
     Returns:
         PIL.Image.Image: RGB, of the size of the (cropped) image.
     """
+    from matplotlib import colormaps  # slow to import, and needed here alone
+
     image = to_rgb(image)
     if fit == "crop":
         image = ImageOps.fit(image, (min(image.size),) * 2)
     levels = Image.fromarray((heat * 255).round().astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
     levels = np.asarray(levels) / 255  # (H, W)
-    colours = Image.fromarray((COLOURS(0.35 + 0.6 * levels)[:, :, :3] * 255).astype(np.uint8))
+    colours = Image.fromarray((colormaps["inferno"](0.35 + 0.6 * levels)[:, :, :3] * 255).astype(np.uint8))
     opacity = Image.fromarray((levels * OPACITY * 255).astype(np.uint8))
     return Image.composite(colours, image, opacity)
 
