@@ -1,9 +1,10 @@
 """Measures how the cost of a query, and of the index, grows with the archive.
 
-    PYTHONPATH=. python benchmarks/bench_growth.py --model checkpoints/small --figure docs/growth.png
+    PYTHONPATH=. python benchmarks/bench_growth.py --model checkpoints/small --states pq16 --figure docs/growth.png
 
-The same index grows from one size to the next; vectors are synthetic (see bench_search.py), images for re-ranking are
-scenes, which many rows share. Prints a table, then one JSON line; `--figure` draws it.
+The same index grows from one size to the next, and with `--states` another beside it that keeps features; vectors are
+synthetic (see bench_search.py), images for re-ranking are scenes, which many rows share. Prints a table, then one JSON
+line; `--figure` draws it.
 """
 
 import argparse
@@ -19,26 +20,31 @@ from ieft.data.scenes import draw_scene
 from ieft.search.ingestion import look_up
 
 SIZES = [10**3, 10**4, 10**5, 10**6]
-STAGES = {"shortlist": "shortlist", "re-rank": f"{SHORTLIST} re-ranked from files"}
+FROM_FILES, FROM_FEATURES = f"{SHORTLIST} re-ranked from files", "from features"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--states", help="features that a second index keeps, such as pq16")
     parser.add_argument("--queries", type=int, default=20)
     parser.add_argument("--figure", help="a PNG file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        index, files = create_index(folder, args.model)
-        found = [grow(index, files, size, args.queries) for size in args.sizes]
+        indexes = [
+            create_index(folder, args.model, states)[0] for states in (None, args.states)[: 1 + bool(args.states)]
+        ]
+        files = sorted(map(str, Path(folder).glob("*.png")))
+        found = [grow(indexes, files, size, args.queries) for size in args.sizes]
     report(found)
     if args.figure:
         draw(found, args.figure)
 
 
-def grow(index, files, size, count):
-    """Seconds and bytes of an index that is enlarged to `size` rows."""
+def grow(indexes, files, size, count):
+    """Seconds and bytes of an index that is enlarged to `size` rows, and of re-ranking in one that keeps features."""
+    index = indexes[0]
     seconds = {"adding": clock(lambda: add_vectors(index, files, size, start=len(index)))}
     seconds["optimizing"] = clock(index.optimize)
     assert len(index) == size
@@ -47,36 +53,52 @@ def grow(index, files, size, count):
     queries = draw_vectors(count, index.model.config.contrastive_dim, 0)
     names, _ = timed(lambda number: look_up(index.table, [f"{number}/{n}.png" for n in range(64)]), range(count))
     exact, _ = timed(lambda query: index.table.search(query).bypass_vector_index().limit(10).to_list(), queries)
-    milliseconds = {name: 1000 * np.median([found.seconds[stage] for found in hits]) for stage, name in STAGES.items()}
+    milliseconds = {"shortlist": middle(hits, "shortlist"), FROM_FILES: middle(hits, "re-rank")}
+    bytes_a_row = {"index": size_of(index) / size}
+    for other in indexes[1:]:
+        add_vectors(other, files, size, start=len(other))
+        other.optimize()
+        _, hits = timed(lambda caption: other.search(caption, rerank_top_k=SHORTLIST), captions)  # noqa: B023
+        milliseconds[FROM_FEATURES] = middle(hits, "re-rank")
+        bytes_a_row[f"with features, {other.states}"] = size_of(other) / size
     milliseconds |= {"every vector compared": np.median(exact), "64 names looked up": np.median(names)}
-    of_index = Path(index.uri)
-    size_of = sum(path.stat().st_size for path in of_index.rglob("*") if path.is_file())
-    return {"rows": size, "bytes a row": size_of / size, "seconds": seconds, "milliseconds": milliseconds}
+    return {"rows": size, "bytes a row": bytes_a_row, "seconds": seconds, "milliseconds": milliseconds}
+
+
+def middle(hits, stage):
+    """Median milliseconds of a stage."""
+    return 1000 * float(np.median([found.seconds[stage] for found in hits]))
+
+
+def size_of(index):
+    return sum(path.stat().st_size for path in Path(index.uri).rglob("*") if path.is_file())
 
 
 def report(found):
     names = list(found[0]["milliseconds"])
-    print(f"{os.cpu_count()} cores; medians in milliseconds\n")
-    print(f"{'rows':>10}{'kB a row':>10}{'added, s':>10}{'indexed, s':>11}" + "".join(f"{name:>28}" for name in names))
+    print(f"{os.cpu_count()} cores; medians in milliseconds; kB a row of {', '.join(found[0]['bytes a row'])}\n")
+    print(f"{'rows':>10}{'kB a row':>14}{'added, s':>10}{'indexed, s':>11}" + "".join(f"{name:>28}" for name in names))
     for of_size in found:
         of_names = "".join(f"{of_size['milliseconds'][name]:>28.1f}" for name in names)
         adding, optimizing = of_size["seconds"].values()
-        print(
-            f"{of_size['rows']:>10,}{of_size['bytes a row'] / 1e3:>10.2f}{adding:>10.1f}{optimizing:>11.1f}{of_names}"
-        )
+        kilobytes = ", ".join(f"{count / 1e3:.2f}" for count in of_size["bytes a row"].values())
+        print(f"{of_size['rows']:>10,}{kilobytes:>14}{adding:>10.1f}{optimizing:>11.1f}{of_names}")
     print(json.dumps({"benchmark": "growth", "found": found}))
 
 
 def draw(found, file):
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     rows = [of_size["rows"] for of_size in found]
-    for name in found[0]["milliseconds"]:
-        axes.plot(rows, [of_size["milliseconds"][name] for of_size in found], marker="o", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="images or tiles in the index", ylabel="milliseconds (median)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    for axes, part, title, unit in zip(
+        panels, ("milliseconds", "bytes a row"), ("milliseconds (median)", "bytes"), (1, np.array(rows)), strict=True
+    ):
+        for name in found[0][part]:
+            axes.plot(rows, np.array([of_size[part][name] for of_size in found]) * unit, marker="o", label=name)
+        axes.set(xscale="log", yscale="log", xlabel="images or tiles in the index", ylabel=title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
     figure.savefig(file, dpi=120)
 
 

@@ -49,13 +49,16 @@ def main():
         report(measure(index, args.queries), seconds, megabytes, args)
 
 
-def create_index(folder, model):
-    """An empty index for a checkpoint, and the files that its rows will name."""
+def create_index(folder, model, states=None):
+    """An index, empty or, if it keeps states, of the files that its rows will name; and these files."""
     model, processor = (kind.from_pretrained(model) for kind in (IeftForImageTextRetrieval, IeftProcessor))
     files = [str(Path(folder, f"{number}.png")) for number in range(FILES)]
     for number, file in enumerate(files):
         draw_scene(0, number).image.save(file)
-    return ImageIndex(Path(folder, "index"), model, processor=processor, create=True), files
+    index = ImageIndex(Path(folder, states or "index"), model, processor=processor, create=True, states=states)
+    if states:
+        index.add(files, progress=False)
+    return index, files
 
 
 def clock(work):
@@ -73,8 +76,9 @@ def draw_vectors(count, width, seed):
 
 
 def add_vectors(index, files, count, start=0):
-    """Add rows `start` to `count`."""
+    """Add rows `start` to `count`, with the states of their files if the index keeps states."""
     width = index.model.config.contrastive_dim
+    states = index.table.search().limit(FILES).to_list() if index.states else []
     for first in range(start, count, ROWS_AT_ONCE):
         numbers = np.arange(first, min(count, first + ROWS_AT_ONCE))
         columns = {name: pa.nulls(len(numbers), kind) for name, kind in METADATA.items()}
@@ -87,6 +91,8 @@ def add_vectors(index, files, count, start=0):
         columns["width"] = pa.array(numbers % 1000, pa.int32())
         vectors = draw_vectors(len(numbers), width, first + 1).ravel()
         columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors), width)
+        if index.states:
+            columns["state"] = pa.array([states[number % FILES]["state"] for number in numbers])
         index.table.add(pa.table(columns, schema=index.table.schema))
 
 
