@@ -1,5 +1,6 @@
 """Tests of product quantisation: codes against plain loops, and indexes whose features are kept as codes."""
 
+import hashlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -126,7 +127,8 @@ def test_the_same_vectors_give_the_same_codebooks_with_any_number_of_threads(cod
 def test_codebooks_come_back_from_bytes(codebooks):
     content = codebooks.to_bytes()
     back = Codebooks.from_bytes(content)
-    assert back.digest == codebooks.digest
+    numbers = [each.numpy().tobytes() for each in (codebooks.mean, codebooks.components, codebooks.centroids)]
+    assert back.digest == codebooks.digest == hashlib.sha256(b"".join(numbers)).digest()[:8]
     codes = codebooks.encode(draw_vectors())
     assert torch.equal(back.decode(codes), codebooks.decode(codes))
     for other in (b"", content[:-1], content + b"?", b"x" * 100):
@@ -143,8 +145,14 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do(size):
 def test_too_few_vectors_and_numbers_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="Finite numbers expected"):
         Codebooks.learn(draw_vectors() / 0, SIZE)
-    with pytest.raises(ValueError, match="At least 256 vectors expected .* got 255"):
-        Codebooks.learn(draw_vectors(255), SIZE)
+    for few in (draw_vectors(255), draw_vectors(255).repeat(3, 1)):
+        with pytest.raises(ValueError, match="At least 256 different vectors expected .* got 255: learn from more"):
+            Codebooks.learn(few, SIZE)
+
+
+def test_repeated_vectors_as_those_of_black_tiles_take_no_centroids_from_others(codebooks):
+    vectors = draw_vectors()
+    assert Codebooks.learn(torch.cat([vectors, vectors[:9].repeat(2000, 1)]), SIZE).digest == codebooks.digest
 
 
 # Features ------------------------------------------------------------------------------------------------------------
@@ -276,14 +284,22 @@ def test_too_few_images_are_refused_and_nothing_is_added(tmp_path, archive, join
     assert index.add(files)["added"] == NUM_IMAGES
 
 
-def test_lost_codebooks_are_named(index, tmp_path, archive, joined_last):
+@pytest.mark.parametrize("instead", [None, SIZE, 4])
+def test_lost_codebooks_and_those_of_another_index_are_named_and_nothing_is_added(
+    index, tmp_path, archive, joined_last, instead
+):
     shutil.copytree(index.uri, tmp_path / "index")
     shutil.rmtree(tmp_path / "index" / "codebooks.lance")
-    broken = create(tmp_path / "index", joined_last)
-    with pytest.raises(ValueError, match=f"with the codebooks {index.codebooks.digest.hex()}; got None"):
-        broken.search(CAPTIONS[0])
-    with pytest.raises(ValueError, match="codebooks of the pq6 features at .* are gone"):
-        broken.add(find_images(archive))
+    if instead:
+        other = create(tmp_path / "other", joined_last, f"pq{instead}")
+        other.keep_codebooks(Codebooks.learn(draw_vectors(), instead))
+        shutil.copytree(tmp_path / "other" / "codebooks.lance", tmp_path / "index" / "codebooks.lance")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    broken, digest = create(tmp_path / "index", joined_last), index.codebooks.digest.hex()
+    for use in (lambda: broken.search(CAPTIONS[0]), lambda: broken.add([tmp_path / "red.png"])):
+        with pytest.raises(ValueError, match=f"codebooks of the pq6 .* bring .* back, or .* codebooks {digest}; got"):
+            use()
+    assert len(broken) == NUM_IMAGES
 
 
 def test_codebooks_are_learnt_from_tiles_of_a_scene(tmp_path, joined_last):

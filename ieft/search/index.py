@@ -45,7 +45,7 @@ from ieft.search.archive_files import (
     read_hit,
     sizes_of,
 )
-from ieft.search.feature_cache import bytes_per_token
+from ieft.search.feature_cache import bytes_per_token, decode_state
 from ieft.search.filters import check_where, fetch, is_not_text, without_place_in_code, write_where
 from ieft.search.ingestion import ROWS_AT_ONCE, add_captions, add_images
 from ieft.search.product_quantization import Codebooks, check_size
@@ -433,10 +433,24 @@ class ImageIndex:
 
     @property
     def codebooks(self):
-        """The `Codebooks` that features are stored with; None where they need none, or none are learnt yet."""
+        """The `Codebooks` that features are stored with; None where they need none, or none are learnt yet.
+
+        Raises:
+            ValueError: if they are not those of the index's rows.
+        """
         if self._codebooks is None and self._codebooks_table is not None:
+            written = self.table.search().select(["state"]).limit(1).to_list()  # read first: codebooks precede rows
             rows = self._codebooks_table.search().to_list()
-            self._codebooks = Codebooks.from_bytes(rows[0]["content"]) if rows else None
+            try:
+                codebooks = Codebooks.from_bytes(rows[0]["content"]) if rows else None
+                for row in written:
+                    decode_state(row["state"], codebooks)
+            except ValueError as error:
+                raise ValueError(
+                    f"The codebooks of the {self.states} features at {self.uri} are gone, damaged or those of another "
+                    f"index: bring its folder codebooks.lance back, or make another index. {error}"
+                ) from error
+            self._codebooks = codebooks
         return self._codebooks
 
     @property

@@ -70,15 +70,10 @@ def learn_codebooks(index, names, reader, *, tile, overlap, bands):
     """Learn the codebooks of an index that has none yet, from images that are spread evenly over those to be added.
 
     Raises:
-        ValueError: if too few can be read, or the index has lost its codebooks.
+        ValueError: if too few can be read, or are different, or the index has lost its codebooks.
     """
     if not names or not index.lacks_codebooks:
         return
-    if len(index) and index.lacks_codebooks:  # asked again: another process may have stored them, and then rows
-        raise ValueError(
-            f"The codebooks of the {index.states} features at {index.uri} are gone, without which they cannot be "
-            "read: bring the folder codebooks.lance back, or make another index."
-        )
     prepared = index.prepared
     chosen = _spread(names, IMAGES_TO_LEARN)
     jobs = (

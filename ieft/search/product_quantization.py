@@ -32,7 +32,8 @@ class Codebooks:
     def __init__(self, mean, components, centroids):
         self.mean, self.components, self.centroids = mean, components, centroids
         self.width, self.bytes_per_vector = len(mean), len(centroids)
-        self.digest = hashlib.sha256(self.to_bytes()).digest()[:8]
+        numbers = b"".join(each.contiguous().numpy().tobytes() for each in (mean, components, centroids))
+        self.digest = hashlib.sha256(numbers).digest()[:8]  # of no file format, whose details may change
 
     def __repr__(self):
         return f"Codebooks({self.width} numbers in {self.bytes_per_vector} bytes, {self.digest.hex()})"
@@ -42,18 +43,24 @@ class Codebooks:
     def learn(cls, vectors, bytes_per_vector):
         """Learn codebooks; the same vectors give the same codebooks.
 
+        Equal vectors count once: those of black tiles would take many centroids, and leave few for the others.
+
         Args:
             vectors: (N, W), of which up to 2^14 are drawn.
             bytes_per_vector: M, from 1 to W/8.
 
         Raises:
-            ValueError: for another size, fewer vectors than centroids, and numbers that are not finite.
+            ValueError: for another size, fewer different vectors than centroids, and numbers that are not finite.
         """
         check_size(vectors.shape[1], bytes_per_vector)
-        if len(vectors) < CENTROIDS:
-            raise ValueError(f"At least {CENTROIDS} vectors expected to learn as many centroids; got {len(vectors)}.")
         if not torch.isfinite(vectors).all():
             raise ValueError("Finite numbers expected to learn codebooks from; some are not.")
+        vectors = _different(vectors)
+        if len(vectors) < CENTROIDS:
+            raise ValueError(
+                f"At least {CENTROIDS} different vectors expected to learn as many centroids; got {len(vectors)}: "
+                "learn from more images, or from some that are not alike."
+            )
         drawn = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:MOST_VECTORS]
         vectors = vectors[drawn].double().cpu()
         mean, components = vectors.mean(dim=0), _principal_components(vectors, bytes_per_vector)
@@ -101,6 +108,15 @@ def check_size(width, bytes_per_vector):
         raise ValueError(
             f"Product quantisation of {width} numbers takes from 1 to {width // 8} bytes; got {bytes_per_vector}."
         )
+
+
+def _different(vectors):
+    """The rows of (N, W) without repetitions, in their order."""
+    rows = vectors.detach().float().cpu().numpy()
+    first = {}
+    for place, row in enumerate(rows):
+        first.setdefault(hashlib.blake2b(row, digest_size=16).digest(), place)
+    return vectors[list(first.values())]
 
 
 def _principal_components(vectors, num_parts):
