@@ -20,7 +20,7 @@ $(INSTALLED): setup.cfg pyproject.toml
 	touch $@
 
 demo: $(INSTALLED)  ## Train IEFT on synthetic scenes, rank the test split, draw the result (a few minutes on a CPU)
-	$(BIN)/python run_retrieval.py --dataset_name scenes --output_dir outputs/demo --resume_from_checkpoint true
+	$(BIN)/python run_retrieval.py --dataset_name scenes --phrase_probability 0.2 --output_dir outputs/demo --resume_from_checkpoint true
 	@echo "Look at outputs/demo/ranked.png and outputs/demo/training.png."
 
 app: $(INSTALLED)  ## Search page, http://127.0.0.1:7860: `make app ARCHIVE=photos` for your images; else synthetic scenes

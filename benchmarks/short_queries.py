@@ -3,16 +3,20 @@
     export PYTHONPATH=.
     python benchmarks/short_queries.py outputs/ucm --classes ucm --dataset_name ucm --data_dir UCM
     python benchmarks/short_queries.py checkpoints/small --classes rsicd --dataset_name rsicd --data_dir RSICD
+    python benchmarks/short_queries.py outputs/demo --classes phrases --dataset_name scenes
 
 Prints precision at 10 and mean average precision in percent, over the class names as queries, for three ways to rank:
 by embedding alone, its nearest re-ranked, and every pair. An image is right if it is of the class: in UCM Merced Land
 Use 100 images in a row are of one class, numbered from 1; in RSICD a file is named after its class, and files that are
-not are left out. With several checkpoints (seeds), their mean and standard deviation follow; then one JSON line.
+not are left out. Of a dataset without classes, queries are the phrases of its captions (`ieft.training.phrases`) that
+stand with ten images to a quarter of all; an image is right if a caption of it has the phrase. With several
+checkpoints (seeds), their mean and standard deviation follow; then one JSON line.
 """
 
 import argparse
 import json
 import re
+from collections import Counter
 
 import numpy as np
 
@@ -21,6 +25,7 @@ from ieft.evaluation.metrics import average_precision, precision_at
 from ieft.evaluation.ranking import score_matrix
 from ieft.evaluation.two_stage import embed_and_compare, nearest
 from ieft.training.items import SplitImages, tokenize
+from ieft.training.phrases import find_phrases
 from prepare_datasets import load_and_check
 
 CLASSES = {
@@ -37,24 +42,25 @@ CLASSES = {
     ),
 }  # fmt: skip
 IMAGES_OF_A_CLASS = 100  # of UCM, one after another
+FEWEST_IMAGES = 10  # of a phrase
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", help="folders or Hub ids; several are taken as seeds of one recipe")
-    parser.add_argument("--classes", required=True, choices=CLASSES, help="whose class names, and how files tell them")
+    parser.add_argument(
+        "--classes", required=True, choices=(*CLASSES, "phrases"), help="whose class names, and how files tell them"
+    )
     parser.add_argument("--dataset_name", required=True, help="as for run_retrieval.py")
     parser.add_argument("--data_dir")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
     parser.add_argument("--on_bad_rows", default="stop", choices=("stop", "skip"))
     parser.add_argument("--rerank_top_k", type=int, default=32)
     args = parser.parse_args()
-    split, classes = load_classes(args)
-    found = np.unique(classes)
-    names = [CLASSES[args.classes][number] for number in found]
-    relevant = classes == found[:, None]  # (Q, I)
+    split, names, relevant = load_queries(args)
     measured = [judge(checkpoint, split, names, relevant, args.rerank_top_k) for checkpoint in args.checkpoints]
-    print(f"{len(names)} class names as queries, {len(split)} images of {args.dataset_name} {args.split}")
+    kind = "phrases" if args.classes == "phrases" else "class names"
+    print(f"{len(names)} {kind} as queries, {len(split)} images of {args.dataset_name} {args.split}")
     print(f"chance: precision at 10 and average precision about {100 * relevant.mean():.1f}\n")
     print(f"{'ranked by':<28}{'precision at 10':>20}{'mean average precision':>28}")
     for way in measured[0]:
@@ -64,14 +70,21 @@ def main():
     print("\n" + json.dumps({name: getattr(args, name) for name in names_of_args} | {"measured": measured}))
 
 
-def load_classes(args):
-    """The images of a split that have a class, and the class of each, as its place among the names."""
+def load_queries(args):
+    """A split, of which those images are left that have a class; the queries; which images are right, (Q, I)."""
     splits, _ = load_and_check(args.dataset_name, args.data_dir, on_bad_rows=args.on_bad_rows)
     split = splits[args.split]
+    if args.classes == "phrases":
+        of_images = [set().union(*map(find_phrases, captions)) for captions in split["captions"]]
+        counts = Counter(phrase for phrases in of_images for phrase in phrases)
+        names = sorted(name for name, count in counts.items() if FEWEST_IMAGES <= count <= len(split) / 4)
+        return split, names, np.array([[name in phrases for phrases in of_images] for name in names])
     classes = np.array([class_of(name, args.classes) for name in split["filename"]])
     if (classes < 0).all():
         raise SystemExit(f"No file of {args.dataset_name} is named as those of {args.classes} are.")
-    return split.select(np.flatnonzero(classes >= 0)), classes[classes >= 0]
+    split, classes = split.select(np.flatnonzero(classes >= 0)), classes[classes >= 0]
+    found = np.unique(classes)
+    return split, [CLASSES[args.classes][number] for number in found], classes == found[:, None]
 
 
 def class_of(filename, classes):
