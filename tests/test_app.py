@@ -35,7 +35,7 @@ from ieft.data.images import read_image  # noqa: E402
 from ieft.page import command, visitors  # noqa: E402
 from ieft.page.links import SETTINGS, read_link, write_link  # noqa: E402
 from ieft.page.map_view import map_of, view_around  # noqa: E402
-from ieft.page.page import SearchPage, name_of  # noqa: E402
+from ieft.page.page import SearchPage, name_of, tell_unplaced  # noqa: E402
 from ieft.page.visitors import Gate, check_number, name_visitor, read_upload, write_filter  # noqa: E402
 from ieft.search.archive_files import find_images  # noqa: E402
 from ieft.search.explain import draw_heat_map, explain_pair  # noqa: E402
@@ -268,6 +268,39 @@ def test_an_image_finds_itself_and_a_click_shows_it(open_page, index, archive):
     fitting = [hit["caption"] for hit in index.search_captions(read_image(file))]
     assert [text.rsplit(" ", 1)[0] for text in page.locator("#captions li").all_inner_texts()] == fitting
     assert "a <b>lake</b> & two ships" in fitting and not page.locator("#link a").count()
+    # Asked again, it is the same image, not the picture of it on the page.
+    page.click("#filters > button")
+    page.get_by_label("File name contains").fill("Scene_04")
+    page.click("#ask")
+    summary(page, "1 of 1")
+    assert labels(page) == ["1. 1.00 shortlist"]
+
+
+def while_answered(page, first, second):
+    """Do the second while the answer to the first is on its way."""
+    held = []
+    pattern = "**/gradio_api/queue/data*"
+    page.route(pattern, lambda route: route.continue_() if held else held.append(route))
+    with page.expect_request(pattern):
+        first()
+    second()
+    held[0].continue_()
+    page.unroute(pattern)
+
+
+def test_what_is_shown_is_what_was_last_asked(open_page, index):
+    page = open_page()
+    while_answered(page, lambda: ask(page, CAPTIONS[0]), lambda: ask(page, CAPTIONS[1]))
+    page.wait_for_url(lambda url: parse_qsl(url.partition("?")[2]) == [("sentence", CAPTIONS[1])])
+    hits = index.search(CAPTIONS[1], top_k=12)
+    assert labels(page) == expected_labels(hits)
+    found = page.locator("#gallery .thumbnail-item")
+    found.nth(4).click()
+    page.wait_for_function(f"document.querySelector('#reasons table')?.innerText.includes({name_of(hits[4])!r})")
+    assert page.locator("#gallery .thumbnail-item.selected").get_attribute("aria-label") == labels(page)[4]
+    # What is selected of a search before, while the next one is answered, is not taken for another image.
+    page.evaluate("searchMap.trigger('select', {index: 1, label: '2. of a search before.tif'})")
+    assert "select again" in message(page) and name_of(hits[4]) in page.inner_text("#reasons table")
 
 
 def test_what_cannot_be_searched_gets_a_message_and_the_page_goes_on(open_page):
@@ -792,6 +825,18 @@ def test_outlines_are_whole_across_the_antimeridian_and_none_is_invented():
     assert map_of([nowhere], ["a"]) == {"features": [], "view": None}
 
 
+def test_why_hits_are_not_on_the_map():
+    known, unknown = {"geometry": "{}"}, {"geometry": None}
+    assert tell_unplaced([known, known], 2) == ""
+    assert tell_unplaced([unknown], 0) == "None of these images is on the map: their places are not known."
+    assert tell_unplaced([known, unknown], 1) == "1 of 2 images are on the map: the place of the others is not known."
+    beyond = "1 beyond 85° north or south, where the map ends."
+    assert tell_unplaced([known], 0) == f"None of these images is on the map: {beyond}"
+    assert tell_unplaced([known, known], 1) == f"1 of 2 images are on the map: {beyond}"
+    three = tell_unplaced([known, known, unknown], 1)
+    assert three == f"1 of 3 images are on the map: the place of 1 is not known; {beyond}"
+
+
 def test_a_link_asks_what_was_asked():
     assert write_link(SETTINGS | {"sentence": ""}) == "" and read_link([("utm_source", "x")]) is None
     question = SETTINGS | {"sentence": "ships & 'planes' 100%", "without": "#", "examples": ["+a.0.0", "-b.0.0"]}
@@ -800,6 +845,7 @@ def test_a_link_asks_what_was_asked():
     assert "width" not in link and "'" not in link
     assert read_link(parse_qsl(link[1:])) == question
     assert read_link([("top_k", "many"), ("sentence", "a")])["top_k"] == "many"  # and `check_settings` says so
+    assert read_link([("placed", "true")])["placed"] == "true" and read_link([("placed", "0")])["placed"] is False
     assert write_link(question | {"sentence": "a" * 5000}) == ""
 
 

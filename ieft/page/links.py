@@ -40,7 +40,7 @@ def read_link(parameters):
         if name == "examples":
             asked[name].append(value)
         elif kind is bool:
-            asked[name] = value == "1"
+            asked[name] = {"1": True, "0": False}.get(value, value)
         elif kind in (int, float):
             asked[name] = kind(value) if re.fullmatch(NUMBERS[kind], value) else value
         else:

@@ -20,7 +20,7 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from ieft.page.links import ASKED, SETTINGS, read_link, write_link
-from ieft.page.map_view import map_of, view_around
+from ieft.page.map_view import MAP_EDGE, map_of, view_around
 from ieft.page.visitors import (
     LARGEST_UPLOAD,
     LONGEST_SIDE,
@@ -33,6 +33,7 @@ from ieft.page.visitors import (
     check_examples,
     check_settings,
     check_text,
+    is_shown_by_browsers,
     read_upload,
     refuse_address,
     told,
@@ -128,7 +129,9 @@ class SearchPage:
         )
         with gr.Accordion("An image as the question", open=False, elem_id="by_image"):
             label = f"Images like this one; a file of up to {LARGEST_UPLOAD // MEGABYTE} MB"
-            self.upload = gr.Image(label=label, sources=["upload", "clipboard"], height=240, elem_id="upload")
+            self.upload = gr.Image(
+                label=label, sources=["upload", "clipboard"], height=240, format="png", elem_id="upload"
+            )
             self.captions = gr.HTML(visible=False, elem_id="captions")
         self._lay_out_settings()
         self.asked = [self.caption, self.without, self.upload, self.examples, *self.settings]
@@ -249,7 +252,8 @@ class SearchPage:
             self.query, self.hits, self.upload, self.captions, self.summary, self.link, self.answers, self.gallery,
             self.geojson, self.map, self.unplaced, self.detail,
         ]  # fmt: skip
-        hidden = {"api_visibility": "private", **UNCHECKED}
+        # What is asked or selected while an answer is on its way comes next, so that the last is what is shown.
+        hidden = {"api_visibility": "private", "trigger_mode": "always_last", **UNCHECKED}
         one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "network"}
         search = {"fn": self.search, "inputs": self.asked, "outputs": shown, **one_at_a_time, **hidden}
         search |= {"api_name": "page", "show_progress_on": [self.summary, self.gallery]}
@@ -309,12 +313,11 @@ class SearchPage:
         seconds = found.hits.seconds | {"thumbnails": time.perf_counter() - started}
         times = ", ".join(f"{stage} {1000 * taken:,.0f} ms" for stage, taken in seconds.items())
         hits = [hit for hit, _ in thumbnails]
-        names = [f"{rank}. {name_of(hit)}" for rank, hit in enumerate(hits, 1)]
-        drawn = map_of(hits, names)
+        drawn = map_of(hits, [label_on_map(rank, hit) for rank, hit in enumerate(hits, 1)])
         return {
             self.query: found.asked["sentence"] or None,
             self.hits: hits,
-            self.upload: None if found.image is None else draw_thumbnail(found.image, 2 * DETAIL),
+            self.upload: self._show_upload(file, found.image),
             self.captions: gr.HTML(list_captions(captions), visible=bool(captions)),
             self.summary: f"<b>{tell_number(found, len(hits))}</b> Time taken: {times}.",
             self.link: "" if found.image is not None else write_link(found.asked),
@@ -322,7 +325,7 @@ class SearchPage:
             self.gallery: gr.Gallery([(image, label_hit(hit)) for hit, image in thumbnails], selected_index=None),
             self.geojson: self._offer_geojson(hits),
             self.map: gr.HTML(drawn | {"base": self.base_map}, chosen=None) if self.has_places else gr.skip(),
-            self.unplaced: tell_unplaced(len(hits), len(drawn["features"])),
+            self.unplaced: tell_unplaced(hits, len(drawn["features"])),
             self.detail: gr.Column(visible=False),
         }
 
@@ -397,6 +400,13 @@ class SearchPage:
                 "the column's own kind, such as: width >= 256 AND north > 48, or acquired >= timestamp '2021-06-01'."
             ) from None
 
+    def _show_upload(self, file, image):
+        """What the place of the uploaded image shows: the file itself, which is searched for again, where browsers can
+        show it, else a picture of it."""
+        if image is None:
+            return None
+        return gr.skip() if is_shown_by_browsers(file["path"]) else draw_thumbnail(image, 2 * DETAIL)
+
     def _captions_of(self, image):
         """The sentences of the index that fit an uploaded image best."""
         if image is None or not self.index.captions.count_rows():
@@ -425,17 +435,24 @@ class SearchPage:
 
     def explain(self, query: str | None, hits: list | None, event: gr.EventData) -> dict:
         """Show the hit selected in the gallery, with the heat map of the sentence if there is one."""
-        return self._explain(query, hits, part_of(event, "index"))
+        shown = part_of(event, "value")
+        return self._explain(
+            query, hits, part_of(event, "index"), shown.get("caption") if isinstance(shown, dict) else None
+        )
 
     def explain_of_map(self, query: str | None, hits: list | None, event: gr.EventData) -> dict:
         """Show the hit selected on the map, which is then selected in the gallery too."""
         index = part_of(event, "index")
-        return self._explain(query, hits, index) | {self.gallery: gr.Gallery(selected_index=index)}
+        return self._explain(query, hits, index, part_of(event, "label")) | {
+            self.gallery: gr.Gallery(selected_index=index)
+        }
 
-    def _explain(self, query, hits, index):
+    def _explain(self, query, hits, index, label):
         if not hits or type(index) is not int or not 0 <= index < len(hits):
             raise told("These results are too old to be explained: search again.")
         hit = hits[index]
+        if label not in (label_hit(hit), label_on_map(index + 1, hit)):  # what was selected is of the search before
+            raise told("Other images are shown by now: select again.")
         image, words = self._draw_reasons(hit, query)
         label = "What spoke for the sentence: the brighter, the more" if words else "Image"
         return {
@@ -554,6 +571,10 @@ def label_hit(hit):
     return f"{hit['rank']}.  {hit['score']:.2f}  {hit['stage']}" + ("" if likely is None else f"  {likely:.0%}")
 
 
+def label_on_map(rank, hit):
+    return f"{rank}. {name_of(hit)}"
+
+
 def describe_words(words):
     """The words as HTML, on green if they raise the score, on red if they lower it."""
     largest = max((abs(part) for _, part in words), default=0) or 1
@@ -581,12 +602,19 @@ def tell_number(found, shown):
     return f"{shown} of {found.number:,} images."
 
 
-def tell_unplaced(hits, placed):
-    """How many of the hits are on the map, where that is not all of them."""
-    if placed == hits:
-        return ""
-    known = f"{placed} of {hits} images are on the map" if placed else "None of these images is on the map"
-    return f"{known}: the place of the others is not known." if placed else f"{known}: their places are not known."
+def tell_unplaced(hits, drawn):
+    """How many of the hits are on the map and why the others are not, where that is not all of them."""
+    unknown = sum(hit["geometry"] is None for hit in hits)
+    beyond = len(hits) - drawn - unknown
+    reasons = []
+    if unknown and beyond:
+        reasons.append(f"the place of {unknown} is not known")
+    elif unknown:
+        reasons.append("the place of the others is not known" if drawn else "their places are not known")
+    if beyond:
+        reasons.append(f"{beyond} beyond {MAP_EDGE:.0f}° north or south, where the map ends")
+    known = f"{drawn} of {len(hits)} images are on the map" if drawn else "None of these images is on the map"
+    return f"{known}: {'; '.join(reasons)}." if reasons else ""
 
 
 def describe_hit(hit):

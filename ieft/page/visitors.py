@@ -159,6 +159,15 @@ def read_upload(file):
     raise ValueError(f"An image of up to {MOST_PIXELS:,} pixels expected; this one has {size}.")
 
 
+def is_shown_by_browsers(file):
+    """Whether an image that could be read is of a kind that browsers show."""
+    try:
+        with Image.open(file) as image:
+            return image.format in ("BMP", "GIF", "JPEG", "MPO", "PNG", "WEBP")
+    except OSError:  # of kinds that rasterio reads
+        return False
+
+
 class Gate:
     """ASGI middleware: answers the addresses that the page needs, for requests of bounded size that arrive in bounded
     time, at a bounded rate and in bounded number at once."""

@@ -69,7 +69,7 @@ class SearchMap {
   }
 
   addOutline({ geometry, properties }) {
-    const chosen = () => this.trigger("select", { index: properties.index });
+    const chosen = () => this.trigger("select", properties);
     const text = document.createElement("span"); // names of files are text, never HTML
     text.textContent = properties.label;
     const coordsToLatLng = ([x, y]) => L.latLng(y, x);
