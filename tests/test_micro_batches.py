@@ -172,7 +172,7 @@ def test_a_memory_error_halves_the_micro_batch_and_the_step_is_computed_again(tm
 
 
 def test_a_memory_error_of_one_process_halves_the_micro_batch_of_all(tmp_path):
-    limit = partial(leave_memory, share=0.7, from_step=1, rank=1)
+    limit = partial(leave_memory, share=1.0, from_step=1, rank=1)
     options = LARGE | CONTRASTIVE | {"ranking_start": 0.0, "dropout": 0.0, "max_steps": 2}
     assert run_ranks(tmp_path / "limited", 2, prepare=limit, **options) == [0, 0], printed(tmp_path / "limited")
     assert "the micro-batch is halved from 32 to 16 images" in printed(tmp_path / "limited")
