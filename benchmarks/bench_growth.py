@@ -98,7 +98,7 @@ def draw(found, file):
             axes.plot(rows, np.array([of_size[part][name] for of_size in found]) * unit, marker="o", label=name)
         axes.set(xscale="log", yscale="log", xlabel="images or tiles in the index", ylabel=title)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, fontsize="small")
     figure.savefig(file, dpi=120)
 
 
